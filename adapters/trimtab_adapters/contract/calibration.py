@@ -1,0 +1,58 @@
+"""Calibrated reward: where a reward stands among the reference policy's own samples for the same prompt.
+
+C(x, y) = P[r(z) < r(y)] + ½ P[r(z) = r(y)] with z from the reference policy (InfAlign, section on calibration).
+It lies in [0, 1], does not change under any increasing map of the reward and has mean ½ under the reference policy.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class EmpiricalCalibrator:
+    """Empirical distribution of the reward over K reference rollouts of one prompt.
+
+    Attributes:
+        scores: The K rewards in increasing order.
+        reference: What they were drawn from: base model, steering and sampling settings, as one string.
+        reward: Name and version of the reward.
+    """
+
+    scores: tuple[float, ...]
+    reference: str
+    reward: str
+
+    @classmethod
+    def fit(cls, scores: Sequence[float], *, reference: str, reward: str) -> Self:
+        """Build from K >= 1 rewards in any order.
+
+        Raises:
+            ValueError: No reward, or one that is not finite.
+        """
+        if not scores:
+            raise ValueError("a calibrator needs at least one reference reward")
+        if not all(math.isfinite(s) for s in scores):
+            raise ValueError("a reference reward is not finite")
+        return cls(scores=tuple(sorted(scores)), reference=reference, reward=reward)
+
+    @property
+    def size(self) -> int:
+        """K, the number of reference rollouts."""
+        return len(self.scores)
+
+    def calibrate(self, reward: float) -> float:
+        """The share of reference rollouts that score lower, ties half; in [0, 1]. Unbiased for C(x, y)."""
+        below, not_above = bisect_left(self.scores, reward), bisect_right(self.scores, reward)
+        return (below + not_above) / (2 * len(self.scores))
+
+    def standard_error(self, calibrated: float) -> float:
+        """Standard error of `calibrate` for K rollouts, sqrt(p (1 - p) / K) with p shrunk by half a count.
+
+        The shrinkage (K p + ½) / (K + 1) keeps the error of an empirical 0 or 1 from being reported as 0.
+        """
+        k = len(self.scores)
+        p = (k * calibrated + 0.5) / (k + 1)
+        return math.sqrt(p * (1 - p) / k)

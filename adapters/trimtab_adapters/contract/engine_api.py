@@ -1,0 +1,106 @@
+"""The HTTP contract between the gateway and Trimtab's routes inside the engine (`/trimtab/*`).
+
+Completions themselves go through vLLM's own OpenAI routes; these carry what vLLM has no route for.
+
+| route | body | answer |
+|---|---|---|
+| `GET /trimtab/status` | | `EngineStatus` |
+| `POST /trimtab/adapters/prepare` | `PrepareRequest` | `LoadedVersion` once loaded and validated; 400 when refused |
+| `POST /trimtab/adapters/commit` | `VersionRequest` | `LoadedVersion`; requests may name the version from now on |
+| `POST /trimtab/adapters/retire` | `VersionRequest` | `RetireReply`; memory is freed with the last row that uses it |
+| `POST /trimtab/records/take` | `TakeRequest` | `TakeReply`; each record can be taken once |
+
+Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.contract.records import SteeringRecord
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PrepareRequest(_Message):
+    """Load a version from a directory that the engine can read."""
+
+    version: VersionId
+    path: str
+
+
+class VersionRequest(_Message):
+    """Name one loaded version."""
+
+    version: VersionId
+
+
+class LoadedVersion(_Message):
+    """One adapter version in the engine's memory."""
+
+    version: VersionId
+    name: str
+    state: Literal["loading", "prepared", "committed", "retiring", "failed"]
+    weight_bytes: int = 0
+    active_rows: int = 0
+    error: str | None = None
+    error_code: str | None = None
+
+
+class CacheStatus(_Message):
+    """The adapter LMs' KV cache."""
+
+    budget_bytes: int
+    allocated_bytes: int
+    used_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    block_size: int
+    hit_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+
+
+class EngineStatus(_Message):
+    """What the gateway must know of an engine before it sends requests there."""
+
+    boot_id: str
+    """Changes when the engine process restarts: everything loaded before is gone."""
+    vllm_version: str
+    runner: Literal["v1", "v2"]
+    model: str
+    max_model_len: int
+    vocab_size: int
+    """Width of the base model's logits."""
+    vocabulary_sha256: str
+    num_tokens: int
+    """Number of tokens of the tokenizer."""
+    versions: list[LoadedVersion]
+    cache: CacheStatus
+    steered_rows: int = 0
+    steered_steps: int = 0
+    failed_rows: int = 0
+
+
+class RetireReply(_Message):
+    """`freed` is False while rows still use the version; they keep it to their last token."""
+
+    version: VersionId
+    freed: bool
+    active_rows: int
+
+
+class TakeRequest(_Message):
+    """Ask for the records of these candidates."""
+
+    uids: list[str] = Field(max_length=4096)
+
+
+class TakeReply(_Message):
+    """Records found; a uid that never reached the sampler is in `missing`."""
+
+    records: list[SteeringRecord]
+    missing: list[str]

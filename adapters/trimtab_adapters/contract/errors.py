@@ -1,0 +1,193 @@
+"""The one error tree of Trimtab.
+
+```
+TrimtabError
+├── RequestError                 the caller must change the request
+│   ├── InvalidRequestError      400  malformed, out of bounds, not allowed together
+│   ├── AuthenticationError      401  no key or a wrong one
+│   ├── PermissionDeniedError    403  the key may not do this
+│   ├── NotFoundError            404  unknown model, adapter, version, job, rollout
+│   └── ConflictError            409  the state forbids it (still in use, name taken)
+├── AdapterError                 400  an adapter version cannot be used
+│   ├── ManifestError                 manifest missing, malformed or not matching the files
+│   ├── IntegrityError                a file is missing, or its hash or size differs
+│   ├── UnsafeFileError               pickle, remote code, a path that leaves the directory
+│   ├── VocabularyError               another tokenizer than the base model's
+│   └── WeightsError                  NaN or Inf weights, shapes that do not fit
+├── EngineError
+│   ├── EngineUnavailableError   503  no engine is ready; `retry_after_s` says when to ask again
+│   ├── EngineRequestError            the engine refused the request; carries its status and error object
+│   └── EngineDiedError          502  the engine went away in the middle of an answer
+├── SteeringError                500  steering of this request failed; it is never answered unsteered
+├── RewardError                  502  a reward could not be computed; never 0
+└── StorageError                 500  the database or the spool failed
+```
+
+Foreign exceptions are translated once, at the boundary where they enter, with `raise ... from`.
+"""
+
+from typing import Any, ClassVar
+
+
+class TrimtabError(Exception):
+    """Root of all errors that Trimtab raises on purpose.
+
+    Args:
+        message: What is wrong and what to do about it; shown to the caller.
+        param: The request field at fault, in OpenAI's sense.
+        code: A stable machine-readable word; the class's own when not given.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+
+
+class RequestError(TrimtabError):
+    """The caller must change the request."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidRequestError(RequestError):
+    """Malformed, out of bounds, or fields that do not go together."""
+
+
+class AuthenticationError(RequestError):
+    """No key, or a wrong one."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
+class PermissionDeniedError(RequestError):
+    """The key is valid but may not do this."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "permission_denied"
+
+
+class NotFoundError(RequestError):
+    """An unknown model, adapter, version, job or rollout."""
+
+    status = 404
+    type = "not_found_error"
+    default_code = "not_found"
+
+
+class ConflictError(RequestError):
+    """The current state forbids it: still in use, name taken, already retired."""
+
+    status = 409
+    type = "conflict_error"
+    default_code = "conflict"
+
+
+class AdapterError(TrimtabError):
+    """An adapter version cannot be used."""
+
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_adapter"
+
+
+class ManifestError(AdapterError):
+    """The manifest is missing, malformed or does not match the files."""
+
+    default_code = "invalid_manifest"
+
+
+class IntegrityError(AdapterError):
+    """A file is missing, or its hash or size differs from the manifest."""
+
+    default_code = "integrity"
+
+
+class UnsafeFileError(AdapterError):
+    """A pickle, remote code, or a path that leaves the directory."""
+
+    default_code = "unsafe_file"
+
+
+class VocabularyError(AdapterError):
+    """The adapter LM was made for another tokenizer than the base model's."""
+
+    default_code = "vocabulary_mismatch"
+
+
+class WeightsError(AdapterError):
+    """NaN or infinite weights, or shapes that do not fit the configuration."""
+
+    default_code = "invalid_weights"
+
+
+class EngineError(TrimtabError):
+    """Something between the gateway and an engine."""
+
+    default_code = "engine_error"
+
+
+class EngineUnavailableError(EngineError):
+    """No engine is ready to take the request.
+
+    Args:
+        message: Shown to the caller.
+        retry_after_s: When to ask again, in seconds.
+    """
+
+    status = 503
+    default_code = "engine_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineRequestError(EngineError):
+    """The engine refused the request; its own status and error object travel on.
+
+    Args:
+        message: The engine's message.
+        engine_status: HTTP status that the engine answered.
+        error: The engine's error object, if it sent one.
+    """
+
+    def __init__(self, message: str, *, engine_status: int, error: dict[str, Any] | None = None) -> None:
+        super().__init__(message, param=(error or {}).get("param"))
+        self.engine_status = engine_status
+        self.error = error or {}
+
+
+class EngineDiedError(EngineError):
+    """The engine went away in the middle of an answer."""
+
+    status = 502
+    default_code = "engine_died"
+
+
+class SteeringError(TrimtabError):
+    """Steering of this request failed; a request that asked for steering is never answered unsteered."""
+
+    default_code = "steering_failed"
+
+
+class RewardError(TrimtabError):
+    """A reward could not be computed. A missing reward is never 0."""
+
+    status = 502
+    default_code = "reward_failed"
+
+
+class StorageError(TrimtabError):
+    """The database or the spool failed."""
+
+    default_code = "storage_error"

@@ -1,0 +1,89 @@
+"""What is known of a sampled candidate: the engine's record of its steering, and the rollout as it is stored.
+
+Log-probabilities are always named by origin: `base`, `adapter`, `steered`. All are natural logarithms before
+temperature and before top-k/top-p, at the sampled token.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab_adapters.contract.params import AdapterWeight
+
+ROLLOUT_SCHEMA_VERSION = 1
+
+
+class SteeringRecord(BaseModel):
+    """The engine's record of one steered candidate. Lists have one entry per sampled token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    uid: str
+    status: Literal["ok", "failed"] = "ok"
+    error: str | None = None
+    """Why steering failed; set exactly when `status` is `failed`."""
+    num_tokens: int = 0
+    """Tokens that were sampled with this steering in force; counted also when nothing else is recorded."""
+    token_ids: list[int] = Field(default_factory=list)
+    base_logprobs: list[float] = Field(default_factory=list)
+    adapter_logprobs: list[list[float]] = Field(default_factory=list)
+    """One list per adapter of the steering with a non-zero alpha, in the steering's order."""
+    steered_logprobs: list[float] = Field(default_factory=list)
+    kl: list[float] = Field(default_factory=list)
+    """KL(steered || base) of the whole next-token distribution, in nats."""
+    flipped: list[bool] = Field(default_factory=list)
+    """Whether steering changed the most probable token."""
+
+
+class RewardValue(BaseModel):
+    """A raw reward and, where a calibrator was at hand, its calibrated value in [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    version: str
+    raw: float
+    calibrated: float | None = None
+    calibration_size: int | None = None
+    """Number of reference rollouts behind `calibrated`."""
+    calibration_error: float | None = None
+    """Standard error of `calibrated`."""
+
+
+class Rollout(BaseModel):
+    """One candidate, as logged by the gateway and read by training. One row per candidate, chosen or not."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    id: str
+    """Unique; writing the same id twice is a no-op."""
+    request_id: str
+    created_at: float
+    """Unix time in seconds at which the candidate was complete."""
+    duration_s: float
+    route: str
+    """The model name that the caller used."""
+    base_model: str
+    endpoint: Literal["completions", "chat.completions", "reference", "training"]
+    prompt: str | None = None
+    """Prompt text where the caller sent text; None where token ids were sent."""
+    prompt_token_ids: list[int]
+    output_text: str
+    output_token_ids: list[int]
+    steering: list[AdapterWeight]
+    base_logprobs: list[float] | None = None
+    adapter_logprobs: list[list[float]] | None = None
+    steered_logprobs: list[float] | None = None
+    """Of an unsteered candidate equal to `base_logprobs`."""
+    kl: list[float] | None = None
+    flipped: list[bool] | None = None
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """temperature, top_p, top_k, seed, max_tokens, stop, ... as the engine was asked."""
+    candidate_index: int = 0
+    num_candidates: int = 1
+    chosen: bool = True
+    finish_reason: str | None = None
+    rewards: list[RewardValue] = Field(default_factory=list)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """For example the training job that drew it."""

@@ -1,0 +1,1 @@
+"""HTTP routes; knows HTTP and no engine internals."""

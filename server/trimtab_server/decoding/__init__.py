@@ -1,0 +1,1 @@
+"""From a request to candidates to choices; no HTTP, no SQL."""

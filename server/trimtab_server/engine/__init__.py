@@ -1,0 +1,1 @@
+"""Engines behind one Protocol: vLLM over HTTP and a shipped fake."""

@@ -1,0 +1,1 @@
+"""The database, the rollout spool and the repositories."""

@@ -1,0 +1,141 @@
+"""What the rest of the gateway needs from storage, as Protocols, and the plain values that pass through them."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from trimtab_adapters.contract.calibration import EmpiricalCalibrator
+from trimtab_adapters.contract.manifest import Manifest
+from trimtab_adapters.contract.params import AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.rewards import RewardSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """A registered adapter version. `path` is its directory in the store."""
+
+    name: str
+    version: str
+    path: str
+    manifest: Manifest
+    created_at: float
+    retired_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRevision:
+    """One state of a route: a public model name with its steering and defaults. Revisions are never changed."""
+
+    route: str
+    revision: int
+    steering: tuple[AdapterWeight, ...]
+    best_of: int | None = None
+    reward: str | None = None
+    created_at: float = 0.0
+    comment: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """What a request's `model` and `steering` fields mean, pinned to exact versions at admission."""
+
+    model: str
+    """The name that the caller used; echoed in the answer."""
+    base_model: str
+    steering: tuple[AdapterWeight, ...]
+    best_of: int | None = None
+    reward: str | None = None
+
+
+class Catalog(Protocol):
+    """Adapters and routes. The database is the truth; reads come from memory."""
+
+    async def resolve(self, model: str, steering: SteeringRequest | None) -> ResolvedModel:
+        """Raises `NotFoundError` for an unknown model, adapter or version, `InvalidRequestError` for a retired one."""
+        ...
+
+    async def version(self, version: str) -> AdapterVersion:
+        """Raises `NotFoundError`."""
+        ...
+
+    async def routes(self) -> Sequence[RouteRevision]:
+        """The current revision of each route."""
+        ...
+
+    async def active_versions(self) -> Sequence[AdapterVersion]:
+        """Versions that some route uses now: what an engine must hold before it is ready."""
+        ...
+
+
+class RolloutLog(Protocol):
+    """Where candidates go. In `durable` mode `append` returns only when they are flushed to disk."""
+
+    async def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Raises `StorageError`; nothing is lost silently."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutFilter:
+    """Which rollouts to read; None means any."""
+
+    route: str | None = None
+    adapter: str | None = None
+    version: str | None = None
+    endpoint: str | None = None
+    since: float | None = None
+    until: float | None = None
+    chosen_only: bool = False
+    limit: int | None = None
+
+
+class RolloutReader(Protocol):
+    """Reads the log, oldest first."""
+
+    def read(self, where: RolloutFilter) -> AsyncIterator[Rollout]:
+        """All matching rollouts in the order of `created_at`."""
+        ...
+
+
+class CalibratorStore(Protocol):
+    """Per-prompt calibrators, kept over restarts."""
+
+    async def get(self, prompt_key: str, reward: str, reference: str) -> EmpiricalCalibrator | None:
+        """`reward` is `name@version`; `reference` identifies base, steering and sampling settings."""
+        ...
+
+    async def put(self, prompt_key: str, calibrator: EmpiricalCalibrator) -> None:
+        """Replace what was stored for the same prompt, reward and reference."""
+        ...
+
+
+class RewardSpecs(Protocol):
+    """Rewards registered by the admin API."""
+
+    async def list(self) -> Sequence[RewardSpec]:
+        """All of them."""
+        ...
+
+    async def put(self, spec: RewardSpec) -> None:
+        """Add or replace by name."""
+        ...
+
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """A training job, from its posting to its end."""
+
+    id: str
+    state: JobState
+    config: dict[str, Any]
+    created_at: float
+    updated_at: float
+    worker: str | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    version: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None

@@ -1,0 +1,1 @@
+"""The sidecar trainer: from logged rollouts to a published adapter version."""

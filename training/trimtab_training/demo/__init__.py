@@ -1,0 +1,1 @@
+"""The seeded demonstration: a small world, small LMs and the closed loop."""

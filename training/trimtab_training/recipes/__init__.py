@@ -1,0 +1,1 @@
+"""Runnable stages, each readable from top to bottom."""
