@@ -4,6 +4,7 @@ C(x, y) = P[r(z) < r(y)] + ½ P[r(z) = r(y)] with z from the reference policy (I
 It lies in [0, 1], does not change under any increasing map of the reward and has mean ½ under the reference policy.
 """
 
+import hashlib
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -43,8 +44,22 @@ class EmpiricalCalibrator:
         """K, the number of reference rollouts."""
         return len(self.scores)
 
+    def extend(self, scores: Sequence[float]) -> Self:
+        """A calibrator over these and further rewards of the same reference policy.
+
+        Raises:
+            ValueError: One of them is not finite.
+        """
+        return self.fit([*self.scores, *scores], reference=self.reference, reward=self.reward)
+
     def calibrate(self, reward: float) -> float:
-        """The share of reference rollouts that score lower, ties half; in [0, 1]. Unbiased for C(x, y)."""
+        """The share of reference rollouts that score lower, ties half; in [0, 1]. Unbiased for C(x, y).
+
+        Raises:
+            ValueError: The reward is not finite: NaN has no place in an order.
+        """
+        if not math.isfinite(reward):
+            raise ValueError("the reward to calibrate is not finite")
         below, not_above = bisect_left(self.scores, reward), bisect_right(self.scores, reward)
         return (below + not_above) / (2 * len(self.scores))
 
@@ -56,3 +71,38 @@ class EmpiricalCalibrator:
         k = len(self.scores)
         p = (k * calibrated + 0.5) / (k + 1)
         return math.sqrt(p * (1 - p) / k)
+
+
+def leave_one_out(scores: Sequence[float]) -> list[float]:
+    """Calibrated reward of each of N reference samples among the other N - 1, ties half; unbiased for C(x, y).
+
+    For samples of the reference policy itself, when there are no further rollouts to rank them against. The mean over
+    all N is exactly ½.
+
+    Args:
+        scores: The N >= 2 rewards of one prompt, in any order.
+
+    Returns:
+        One value in [0, 1] per reward, in the order given.
+
+    Raises:
+        ValueError: Fewer than two rewards, or one that is not finite.
+    """
+    if len(scores) < 2:
+        raise ValueError("leave-one-out needs at least two rewards")
+    if not all(math.isfinite(s) for s in scores):
+        raise ValueError("a reward is not finite")
+    ordered = sorted(scores)
+    # A reward ties with itself: it adds 1 to `not_above` and is taken out again.
+    return [(bisect_left(ordered, s) + bisect_right(ordered, s) - 1) / (2 * (len(ordered) - 1)) for s in scores]
+
+
+def prompt_key(prompt_token_ids: Sequence[int], prompt: str = "") -> str:
+    """Identity of a prompt in a store of calibrators, 64 hex digits.
+
+    It covers the text as well as the token ids: a reward that reads the prompt may see different texts for the same
+    ids, for example none when the caller sent ids.
+    """
+    digest = hashlib.sha256(",".join(map(str, prompt_token_ids)).encode())
+    digest.update(b"\0" + prompt.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ TrimtabError
 ├── EngineError
 │   ├── EngineUnavailableError   503  no engine is ready; `retry_after_s` says when to ask again
 │   ├── EngineRequestError            the engine refused the request; carries its status and error object
+│   ├── EngineTimeoutError       504  the answer took longer than the gateway allows
 │   └── EngineDiedError          502  the engine went away in the middle of an answer
 ├── SteeringError                500  steering of this request failed; it is never answered unsteered
 ├── RewardError                  502  a reward could not be computed; never 0
@@ -165,6 +166,13 @@ class EngineRequestError(EngineError):
         super().__init__(message, param=(error or {}).get("param"))
         self.engine_status = engine_status
         self.error = error or {}
+
+
+class EngineTimeoutError(EngineError):
+    """The answer took longer than the gateway allows."""
+
+    status = 504
+    default_code = "request_timeout"
 
 
 class EngineDiedError(EngineError):

@@ -1,10 +1,14 @@
 """The seam for rewards: what serving ranks by and training maximises."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab_adapters.contract.errors import RewardError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,34 @@ class RewardSpec(BaseModel):
     target: str
     """Entry point name for `callable`; directory or hub id for `hf_classifier`."""
     options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """For `callable` keyword arguments; for `hf_classifier` the fields of `ClassifierOptions`."""
+
+
+def check_scores(reward: str, scores: Sequence[object], num_inputs: int) -> list[float]:
+    """Turn what a reward returned into plain floats, or refuse it.
+
+    Args:
+        reward: Name of the reward, for the message.
+        scores: What it returned.
+        num_inputs: How many inputs it was given.
+
+    Raises:
+        RewardError: Another number of scores than inputs, or one that is not a finite number. The message names the
+            reward and the position, counted from 1, and never holds the text.
+    """
+    if len(scores) != num_inputs:
+        raise RewardError(f"the reward {reward!r} returned {len(scores)} scores for {num_inputs} outputs")
+    return [_finite(reward, score, i, num_inputs) for i, score in enumerate(scores, start=1)]
+
+
+def _finite(reward: str, score: object, position: int, num_inputs: int) -> float:
+    where = f"for output {position} of {num_inputs}"
+    if not isinstance(score, Real):
+        raise RewardError(f"the reward {reward!r} returned {type(score).__name__} instead of a number {where}")
+    try:
+        value = float(score)
+    except OverflowError as exc:
+        raise RewardError(f"the reward {reward!r} returned a number out of range {where}") from exc
+    if not math.isfinite(value):
+        raise RewardError(f"the reward {reward!r} returned {value} {where}; a reward must be finite")
+    return value

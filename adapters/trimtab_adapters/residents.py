@@ -1,0 +1,354 @@
+"""Adapter versions in an engine's memory: prepare, commit, retire.
+
+Prepare loads and validates a version in a background thread while decoding goes on. Commit makes it usable by putting
+a pointer into a dictionary, between two steps. Retire takes it out; the memory goes with the last row that holds it.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
+from trimtab_adapters.attention import PagedBatch
+from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion
+from trimtab_adapters.contract.errors import (
+    AdapterError,
+    ConflictError,
+    ManifestError,
+    NotFoundError,
+    TrimtabError,
+    VocabularyError,
+)
+from trimtab_adapters.contract.manifest import Manifest, read_manifest
+from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.kv_pool import BLOCK_SIZE, KvBudget, KvGeometry, KvPool, PoolExhaustedError, SequenceCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What an adapter version must fit."""
+
+    vocab_size: int
+    """V, width of the base's logits."""
+    num_tokens: int
+    """Tokens of the base's tokenizer."""
+    vocabulary_sha256: str
+    max_model_len: int
+
+
+class ResidentVersion:
+    """A loaded adapter version with its share of a KV pool."""
+
+    def __init__(self, manifest: Manifest, adapter: AdapterLM, pool: KvPool, base: BaseModel) -> None:
+        self.manifest = manifest
+        self.version: VersionId = manifest.version_id
+        self.adapter = adapter
+        self.pool = pool
+        self.prefix = list(manifest.prefix_token_ids)
+        self.num_known = min(adapter.num_logits, base.vocab_size, base.num_tokens)
+        self.cache_root = bytes.fromhex(manifest.digest)
+        self.num_rows = 0
+        self.is_usable = True
+
+    def next_token_logits(
+        self,
+        caches: Sequence[SequenceCache],
+        token_ids: Sequence[list[int]],
+        *,
+        max_tokens: int,
+        victims: Sequence[SequenceCache] = (),
+    ) -> Tensor:
+        """Next-token logits of rows whose caches may be anywhere behind their tokens, `[rows, A]`.
+
+        Each cache is brought to prefix + tokens: what it already holds is kept, what is missing is computed, many rows
+        in one packed pass of at most `max_tokens` tokens. When the pool is full, rows that are done with this step and
+        `victims` (other rows' caches in the same pool) give up theirs and compute them anew at their next step: slow,
+        but right.
+
+        Raises:
+            PoolExhaustedError: Not even one row alone fits; caches of the rows named may be partly advanced.
+        """
+        pending = [self._missing(cache, tokens) for cache, tokens in zip(caches, token_ids, strict=True)]
+        logits: list[Tensor | None] = [None] * len(caches)
+        waiting = list(range(len(caches)))
+        while waiting:
+            packed, counts, finished = self._pack(caches, pending, waiting, max_tokens)
+            if not packed:
+                self._make_room(caches, token_ids, pending, waiting, victims)
+                continue
+            batch = PagedBatch(self.pool, [caches[number] for number in packed], counts)
+            done = [place for place, number in enumerate(packed) if number in finished]
+            result = self.adapter.forward(batch, done if len(done) < len(packed) else None)
+            if len(done) == len(caches):
+                return result
+            for place, row_logits in zip(done, result.unbind(0), strict=True):
+                logits[packed[place]] = row_logits
+            waiting = [number for number in waiting if number not in finished]
+        return torch.stack([row for row in logits if row is not None])
+
+    def _missing(self, cache: SequenceCache, tokens: list[int]) -> list[int]:
+        """What must be computed to have the logits after prefix + tokens; at least the last token."""
+        num_prefix, num_wanted = len(self.prefix), len(self.prefix) + len(tokens)
+        if len(cache.tokens) >= num_wanted:  # a repeated step: its last token is written again
+            self.pool.truncate(cache, num_wanted - 1)
+        num_cached = len(cache.tokens)
+        if num_cached < num_prefix:
+            return self.prefix[num_cached:] + tokens
+        return tokens[num_cached - num_prefix :]
+
+    def _pack(
+        self, caches: Sequence[SequenceCache], pending: list[list[int]], waiting: Sequence[int], max_tokens: int
+    ) -> tuple[list[int], list[int], set[int]]:
+        """Choose rows and token counts of the next pass and take their blocks, as many as fit."""
+        packed: list[int] = []
+        counts: list[int] = []
+        finished: set[int] = set()
+        room = max_tokens
+        for number in waiting:
+            if room == 0:
+                break
+            cache, missing = caches[number], pending[number]
+            if not cache.tokens:  # here, not earlier: a sibling packed just before names blocks of this very pass
+                del missing[: self.pool.match(cache, missing)]
+            taken = missing[:room]
+            try:
+                self.pool.extend(cache, taken)
+            except PoolExhaustedError:
+                break
+            del missing[: len(taken)]
+            room -= len(taken)
+            packed.append(number)
+            counts.append(len(taken))
+            if not missing:
+                finished.add(number)
+        return packed, counts, finished
+
+    def _make_room(
+        self,
+        caches: Sequence[SequenceCache],
+        token_ids: Sequence[list[int]],
+        pending: list[list[int]],
+        waiting: Sequence[int],
+        victims: Sequence[SequenceCache],
+    ) -> None:
+        """Take all blocks of one cache that is not needed for the first waiting row."""
+        done = [number for number in range(len(caches)) if number not in waiting]
+        for cache in (*victims, *(caches[number] for number in done)):
+            if cache.blocks:
+                self.pool.truncate(cache, 0)
+                return
+        for number in reversed(waiting[1:]):
+            if caches[number].blocks:
+                self.pool.truncate(caches[number], 0)
+                pending[number] = self.prefix + token_ids[number]
+                return
+        raise PoolExhaustedError(
+            f"a row of {len(self.prefix) + len(token_ids[waiting[0]])} tokens does not fit into the adapter KV budget "
+            f"of {self.pool.budget.total_bytes} bytes"
+        )
+
+    def describe(self, state: str = "committed") -> LoadedVersion:
+        """For status reports."""
+        return LoadedVersion.model_validate(
+            {
+                "version": self.version,
+                "name": self.manifest.name,
+                "state": state,
+                "weight_bytes": self.adapter.weight_bytes,
+                "active_rows": self.num_rows,
+            }
+        )
+
+
+class Residents:
+    """The versions in memory and the pools that they share.
+
+    `committed` is the mapping that the steering core reads. All methods are called from the engine's one worker
+    thread; only loading itself happens in a background thread.
+    """
+
+    def __init__(
+        self, base: BaseModel, device: torch.device, *, kv_bytes: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self.base = base
+        self.device = device
+        self.dtype = dtype
+        self.budget = KvBudget(kv_bytes)
+        self.committed: dict[VersionId, ResidentVersion] = {}
+        self._loading: dict[VersionId, tuple[str, Future[tuple[Manifest, AdapterLM]]]] = {}
+        self._prepared: dict[VersionId, ResidentVersion] = {}
+        self._retiring: dict[VersionId, ResidentVersion] = {}
+        self._failed: dict[VersionId, LoadedVersion] = {}
+        self._pools: dict[KvGeometry, KvPool] = {}
+
+    def prepare(self, version: VersionId, path: str) -> None:
+        """Start loading a version; ask `poll` how it goes. Asking again for one that is there does nothing."""
+        if version in self.committed or version in self._prepared or version in self._loading:
+            return
+        if version in self._retiring:  # wanted again before its last row ended
+            self._prepared[version] = self._retiring.pop(version)
+            return
+        self._failed.pop(version, None)
+        future: Future[tuple[Manifest, AdapterLM]] = Future()
+        self._loading[version] = (path, future)
+        thread = threading.Thread(
+            target=self._load, args=(version, Path(path), future), name=f"load-{version}", daemon=True
+        )
+        thread.start()
+
+    def _load(self, version: VersionId, path: Path, future: "Future[tuple[Manifest, AdapterLM]]") -> None:
+        try:
+            manifest = read_manifest(path)
+            if manifest.version_id != version:
+                raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
+            check_vocabulary(manifest, self.base)
+            adapter = load_adapter_lm(path, self.device, dtype=self.dtype)
+            check_fit(manifest, adapter, self.base)
+            future.set_result((manifest, adapter))
+        except Exception as exc:  # noqa: BLE001 - handed to the caller of `poll`, which translates it
+            future.set_exception(exc)
+
+    def poll(self, version: VersionId) -> LoadedVersion:
+        """State of a version that was prepared.
+
+        Raises:
+            NotFoundError: It was never prepared here, or was freed.
+        """
+        if version in self._loading and self._loading[version][1].done():
+            self._finish_loading(version)
+        for state, group in (
+            ("committed", self.committed),
+            ("prepared", self._prepared),
+            ("retiring", self._retiring),
+        ):
+            if version in group:
+                return group[version].describe(state)
+        if version in self._failed:
+            return self._failed[version]
+        if version in self._loading:
+            return LoadedVersion(version=version, name="", state="loading")
+        raise NotFoundError(f"adapter version {version} is not loaded in this engine")
+
+    def _finish_loading(self, version: VersionId) -> None:
+        _, future = self._loading.pop(version)
+        try:
+            manifest, adapter = future.result()
+            self._prepared[version] = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+        except (TrimtabError, PoolExhaustedError) as exc:
+            self._failed[version] = _failure(version, str(exc), getattr(exc, "code", None))
+        except Exception as exc:  # whatever loading raised must reach the admin, not kill the engine
+            logger.exception("loading adapter version %s failed", version)
+            self._failed[version] = _failure(version, f"{type(exc).__name__}: {exc}", None)
+
+    def _pool(self, geometry: KvGeometry) -> KvPool:
+        pool = self._pools.get(geometry)
+        if pool is None:
+            pool = self._pools[geometry] = KvPool(geometry, self.budget, self.device)
+        return pool
+
+    def commit(self, version: VersionId) -> LoadedVersion:
+        """Make a prepared version usable from the next step on.
+
+        Raises:
+            ConflictError: It is not prepared (yet), or loading failed.
+            NotFoundError: It was never prepared.
+        """
+        status = self.poll(version)
+        if status.state in ("loading", "failed"):
+            raise ConflictError(f"adapter version {version} cannot be committed: {status.error or 'still loading'}")
+        resident = self._prepared.pop(version, None) or self._retiring.pop(version, None)
+        if resident is not None:
+            resident.is_usable = True
+            self.committed[version] = resident
+        return self.committed[version].describe()
+
+    def retire(self, version: VersionId) -> int:
+        """Refuse new rows for a version; free it at once or with its last row. Returns the rows that still hold it."""
+        self._prepared.pop(version, None)
+        self._failed.pop(version, None)
+        resident = self.committed.pop(version, None) or self._retiring.get(version)
+        if resident is None:
+            return 0
+        resident.is_usable = False
+        self._retiring[version] = resident
+        del resident
+        self.sweep()
+        return self._retiring[version].num_rows if version in self._retiring else 0
+
+    def sweep(self) -> None:
+        """Free retired versions that no row holds any more, and pools that no version uses."""
+        done = [version for version, resident in self._retiring.items() if resident.num_rows == 0]
+        if not done:
+            return
+        for version in done:
+            self._retiring.pop(version).adapter.free()
+        alive = {r.pool.geometry for group in (self.committed, self._prepared, self._retiring) for r in group.values()}
+        for geometry in [g for g in self._pools if g not in alive]:
+            pool = self._pools.pop(geometry)
+            self.budget.allocated_bytes -= pool.num_blocks * geometry.block_bytes
+
+    def versions(self) -> list[LoadedVersion]:
+        """All versions in whatever state, for the status report."""
+        names = [*self.committed, *self._prepared, *self._retiring, *self._loading, *self._failed]
+        return [self.poll(version) for version in names]
+
+    def cache_status(self) -> CacheStatus:
+        """The KV cache of all pools together."""
+        pools = list(self._pools.values())
+        return CacheStatus(
+            budget_bytes=self.budget.total_bytes,
+            allocated_bytes=self.budget.allocated_bytes,
+            used_blocks=sum(p.num_used for p in pools),
+            cached_blocks=sum(p.num_cached for p in pools),
+            total_blocks=sum(p.num_blocks - 1 for p in pools),
+            block_size=BLOCK_SIZE,
+            hit_tokens=sum(p.counters.hit_tokens for p in pools),
+            computed_tokens=sum(p.counters.computed_tokens for p in pools),
+            recomputed_tokens=sum(p.counters.recomputed_tokens for p in pools),
+        )
+
+
+def _failure(version: VersionId, message: str, code: str | None) -> LoadedVersion:
+    return LoadedVersion(version=version, name="", state="failed", error=message, error_code=code)
+
+
+def check_vocabulary(manifest: Manifest, base: BaseModel) -> None:
+    """Refuse an adapter made for another tokenizer.
+
+    Raises:
+        VocabularyError: The fingerprints differ.
+    """
+    if manifest.vocabulary_sha256 != base.vocabulary_sha256:
+        raise VocabularyError(
+            f"the adapter LM was made for another tokenizer (fingerprint {manifest.vocabulary_sha256[:12]}, "
+            f"{manifest.vocab_size} tokens) than the base model's ({base.vocabulary_sha256[:12]}, {base.num_tokens})"
+        )
+
+
+def check_fit(manifest: Manifest, adapter: AdapterLM, base: BaseModel) -> None:
+    """Refuse an adapter that cannot follow the base to the end of its context.
+
+    Raises:
+        AdapterError: Its logits are narrower than the tokenizer, a prefix id is unknown to it, or its context is short.
+    """
+    if adapter.num_logits < min(base.num_tokens, base.vocab_size):
+        raise AdapterError(
+            f"the adapter LM has logits for {adapter.num_logits} tokens, the tokenizer has {base.num_tokens}"
+        )
+    unknown = [token for token in manifest.prefix_token_ids if token >= adapter.num_logits]
+    if unknown:
+        raise AdapterError(f"prefix token ids {unknown[:5]} are beyond the adapter LM's {adapter.num_logits} tokens")
+    needed = len(manifest.prefix_token_ids) + base.max_model_len
+    if adapter.max_length < needed:
+        raise AdapterError(
+            f"the adapter LM allows {adapter.max_length} positions, but its prefix and the engine's --max-model-len "
+            f"{base.max_model_len} need {needed}; start the engine with a shorter --max-model-len"
+        )

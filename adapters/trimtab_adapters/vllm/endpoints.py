@@ -1,0 +1,112 @@
+"""Trimtab's routes inside vLLM's API server, reaching the workers by `collective_rpc`.
+
+Loaded by the entry point group `vllm.endpoint_plugins` of vLLM 0.32.0, only when `VLLM_PLUGINS` names it. The HTTP
+contract is `trimtab_adapters.contract.engine_api`.
+"""
+
+import asyncio
+import hmac
+from argparse import Namespace
+from typing import Any
+
+import vllm.envs as envs
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+
+from trimtab_adapters.contract.engine_api import PrepareRequest, TakeReply, TakeRequest, VersionRequest
+
+_POLL_S = 0.02
+"""How often a loading version is asked for; each question stalls decoding by one no-op call."""
+
+
+class TrimtabEndpoints:
+    """The endpoint plug-in: routes under `/trimtab`, meant for the gateway alone."""
+
+    name = "trimtab"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the routes."""
+        app.include_router(_build_router())
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Attach to the workers before the first request is served."""
+        if engine_client is None:
+            raise RuntimeError("Trimtab's endpoints need an engine")
+        state.trimtab_engine = engine_client
+        keys = [key for key in (*(args.api_key or ()), envs.VLLM_API_KEY) if key]
+        state.trimtab_keys = [key.encode() for key in keys]
+        await _call(engine_client, "trimtab_attach")
+        await _warm_up(engine_client)
+
+
+async def _warm_up(engine: EngineClient) -> None:
+    """Sample one token with log-probabilities, which compiles their kernels: 10 seconds that no request should pay."""
+    params = SamplingParams(max_tokens=1, logprobs=0, temperature=0.0, ignore_eos=True)
+    async for _ in engine.generate({"prompt_token_ids": [0]}, params, request_id="trimtab-warm-up"):
+        pass
+
+
+async def _check_key(request: Request) -> None:
+    """vLLM's `--api-key` does not cover routes of plug-ins, so they ask for the same key themselves."""
+    keys: list[bytes] = request.app.state.trimtab_keys
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if keys and not (scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), key) for key in keys)):
+        raise HTTPException(401, "wrong or missing engine key")
+
+
+async def _call(engine: EngineClient, method: str, *args: Any) -> Any:
+    """The answer of the first worker; all of them run the same deterministic code."""
+    answers = await engine.collective_rpc(method, args=args)
+    return answers[0]
+
+
+def _answer(value: dict[str, Any]) -> JSONResponse:
+    """A worker's answer, or its refusal in OpenAI's error shape."""
+    if "status" in value and isinstance(value.get("error"), dict):
+        return JSONResponse({"error": value["error"]}, status_code=value["status"])
+    if value.get("state") == "failed":
+        error = {
+            "message": value["error"],
+            "type": "invalid_request_error",
+            "param": "path",
+            "code": value.get("error_code") or "invalid_adapter",
+        }
+        return JSONResponse({"error": error}, status_code=400)
+    return JSONResponse(value)
+
+
+def _build_router() -> APIRouter:
+    router = APIRouter(prefix="/trimtab", dependencies=[Depends(_check_key)])
+
+    @router.get("/status")
+    async def status(request: Request) -> JSONResponse:
+        return _answer(await _call(request.app.state.trimtab_engine, "trimtab_status"))
+
+    @router.post("/adapters/prepare")
+    async def prepare(body: PrepareRequest, request: Request) -> JSONResponse:
+        engine = request.app.state.trimtab_engine
+        state = await _call(engine, "trimtab_prepare", body.version, body.path)
+        while state.get("state") == "loading":
+            await asyncio.sleep(_POLL_S)
+            state = await _call(engine, "trimtab_poll", body.version)
+        return _answer(state)
+
+    @router.post("/adapters/commit")
+    async def commit(body: VersionRequest, request: Request) -> JSONResponse:
+        return _answer(await _call(request.app.state.trimtab_engine, "trimtab_commit", body.version))
+
+    @router.post("/adapters/retire")
+    async def retire(body: VersionRequest, request: Request) -> JSONResponse:
+        return _answer(await _call(request.app.state.trimtab_engine, "trimtab_retire", body.version))
+
+    @router.post("/records/take")
+    async def take(body: TakeRequest, request: Request) -> TakeReply:
+        records = await _call(request.app.state.trimtab_engine, "trimtab_take", body.uids)
+        found = {record["uid"] for record in records}
+        return TakeReply(records=records, missing=[uid for uid in body.uids if uid not in found])
+
+    return router

@@ -1,0 +1,204 @@
+"""`trimtab engine`: a stock vLLM server with Trimtab's three plug-ins.
+
+Nothing of vLLM is patched or forked: its own argument parser and server function are called, with the processor, the
+worker extension and the endpoint plug-in named by flags. All of vLLM's flags are accepted. Written for vLLM 0.32.
+"""
+
+import ctypes
+import ipaddress
+import json
+import os
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
+from importlib.metadata import entry_points
+from typing import Any
+
+SUPPORTED_VLLM = "0.32."
+PROCESSOR_V1 = "trimtab_adapters.vllm.processor_v1:SteeringProcessor"
+WORKER_EXTENSION = "trimtab_adapters.vllm.worker_extension.TrimtabWorkerExtension"
+ENDPOINT_PLUGIN = "trimtab"
+DEFAULT_PORT = 8100
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+class LaunchError(Exception):
+    """The engine must not be started like this; the message says what to change."""
+
+
+def main(argv: list[str]) -> int:
+    """Run an engine in the foreground until it is told to stop. Returns the exit status."""
+    own, rest = _own_parser().parse_known_args(argv)
+    if own.help:
+        _own_parser().print_help()
+        print("\nAll flags of vLLM's OpenAI server are accepted too; `trimtab engine --vllm-help` lists them.")
+        return 0
+    if own.die_with_parent:
+        die_with_parent()
+    try:
+        _prepare_environment(rest)
+        args = _parse_vllm(["--help"] if own.vllm_help else rest)
+        check(args, dict(os.environ))
+    except LaunchError as exc:
+        print(f"trimtab engine: {exc}", file=sys.stderr)
+        return 2
+    _add_plugins(args, own)
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    uvloop.run(run_server(args))
+    return 0
+
+
+def _own_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="trimtab engine", add_help=False, description="Run a vLLM server that steers with adapter LMs."
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this help")
+    parser.add_argument("--vllm-help", action="store_true", help="show vLLM's own flags")
+    parser.add_argument(
+        "--adapter-kv-bytes", type=int, default=1 << 30, help="budget of the adapter LMs' KV cache (default: 1 GiB)"
+    )
+    parser.add_argument(
+        "--adapter-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of adapter weights and cache (default: as saved)",
+    )
+    parser.add_argument(
+        "--die-with-parent", action="store_true", help="stop when the process that started this one ends"
+    )
+    return parser
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent ends, so that a killed gateway leaves no engine behind (Linux)."""
+    pr_set_pdeathsig = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM) != 0:
+        raise LaunchError(f"--die-with-parent does not work here: {os.strerror(ctypes.get_errno())}")
+
+
+def _prepare_environment(argv: list[str]) -> None:
+    """Set what vLLM reads from the environment, before it is imported. What the user has set wins."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None:  # naming one plug-in forbids all others, so name what is installed
+        names = {point.name for group in _PLUGIN_GROUPS for point in entry_points(group=group)}
+        os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {ENDPOINT_PLUGIN}))
+    elif ENDPOINT_PLUGIN not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = ",".join([*filter(None, allowed.split(",")), ENDPOINT_PLUGIN])
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if "--enforce-eager" in argv:
+        # On CPU the log-probability kernel is compiled even in eager mode: 10 s at the first request.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _parse_vllm(argv: list[str]) -> Namespace:
+    """vLLM's own parser, with a loopback bind and our port as defaults.
+
+    Raises:
+        LaunchError: vLLM is missing or has another version.
+    """
+    try:
+        import vllm
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as exc:
+        raise LaunchError(f"vLLM cannot be imported ({exc}); install trimtab's `cpu` or `cuda` extra") from exc
+    if not vllm.__version__.startswith(SUPPORTED_VLLM):
+        raise LaunchError(f"vLLM {vllm.__version__} is installed; this version of Trimtab works with {SUPPORTED_VLLM}x")
+    parser = make_arg_parser(FlexibleArgumentParser(prog="trimtab engine"))
+    parser.set_defaults(host="127.0.0.1", port=DEFAULT_PORT)
+    args: Namespace = parser.parse_args(argv)
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    validate_parsed_serve_args(args)
+    return args
+
+
+def check(args: Namespace, environ: dict[str, str]) -> None:
+    """Refuse what would break steering, before anything is loaded.
+
+    Args:
+        args: vLLM's parsed arguments.
+        environ: The process environment.
+
+    Raises:
+        LaunchError: With what to change.
+    """
+    if args.speculative_config is not None:
+        raise LaunchError(
+            "speculative decoding and steering do not go together: draft tokens would not be steered. "
+            "Remove --speculative-config."
+        )
+    if args.enable_prompt_embeds:
+        raise LaunchError(
+            "prompt embeddings cannot be steered, because an adapter LM reads token ids. Remove --enable-prompt-embeds."
+        )
+    if environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() not in ("0", "false"):
+        raise LaunchError(
+            "Model Runner V2 takes logits processors of another interface; Trimtab's is for the V1 runner. "
+            "Unset VLLM_USE_V2_MODEL_RUNNER."
+        )
+    if args.logprobs_mode != "raw_logprobs":
+        raise LaunchError(f"--logprobs-mode {args.logprobs_mode} hides the base's log-probabilities; use raw_logprobs.")
+    for name, flag in (
+        ("pipeline_parallel_size", "--pipeline-parallel-size"),
+        ("data_parallel_size", "--data-parallel-size"),
+    ):
+        if getattr(args, name, 1) != 1:
+            raise LaunchError(f"{flag} is not supported; run several engines behind one gateway instead.")
+    if args.worker_extension_cls:
+        raise LaunchError("--worker-extension-cls is taken by Trimtab; vLLM allows one only.")
+    _check_processors(args.logits_processors or [])
+    keys = [key for key in (*(args.api_key or ()), environ.get("VLLM_API_KEY")) if key]
+    if not keys and not _is_loopback(args.host):
+        raise LaunchError(
+            f"refusing to listen on {args.host} without a key: anybody could change the adapters. "
+            "Set VLLM_API_KEY (or --api-key), or listen on 127.0.0.1."
+        )
+
+
+def _check_processors(names: list[Any]) -> None:
+    """The user's own processors must be of the runner that will load them, or vLLM dies with a riddle."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    for name in names:
+        try:
+            processor = resolve_obj_by_qualname(name.replace(":", ".")) if isinstance(name, str) else name
+        except (ImportError, AttributeError, ValueError) as exc:
+            raise LaunchError(f"--logits-processors {name} cannot be imported: {exc}") from exc
+        if not (isinstance(processor, type) and issubclass(processor, LogitsProcessor)):
+            raise LaunchError(
+                f"--logits-processors {name} is not of the V1 runner's interface "
+                "(vllm.v1.sample.logits_processor.LogitsProcessor), which this engine uses."
+            )
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _add_plugins(args: Namespace, own: Namespace) -> None:
+    """Name our plug-ins in vLLM's arguments."""
+    args.logits_processors = [*(args.logits_processors or []), PROCESSOR_V1]
+    args.worker_extension_cls = WORKER_EXTENSION
+    settings: dict[str, Any] = {"kv_bytes": own.adapter_kv_bytes}
+    if own.adapter_dtype:
+        settings["dtype"] = own.adapter_dtype
+    given = args.additional_config or {}
+    args.additional_config = {**(json.loads(given) if isinstance(given, str) else given), "trimtab": settings}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

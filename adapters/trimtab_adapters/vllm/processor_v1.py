@@ -1,0 +1,147 @@
+"""The steering core under vLLM's V1 model runner: a batch-level logits processor.
+
+Bound to `vllm.v1.sample.logits_processor.LogitsProcessor` of vLLM 0.32.0. What this shell has to know of the runner:
+
+- `update_state` comes before the forward pass of a step, `apply` after it; a step may have no `apply`.
+- `removed` is not the list of requests that left: an index that is refilled by an add or a move shows only there. So
+  every added index and every destination of a move closes the row that was there before.
+- A preempted request, or one that is not scheduled in a step, is removed and added again with all its outputs.
+- The list of output ids is live. Its newest entry may be a placeholder until just before `apply`, so it is read there.
+- A request in chunked prefill has a row whose sample is thrown away; the runner's mask says which.
+- An exception that leaves a processor kills the engine for good.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import SteeringParams
+from trimtab_adapters.record_buffer import RecordBuffer
+from trimtab_adapters.steering import SteeredRow, SteeringCore, StepResult
+from trimtab_adapters.vllm.engine_config import build_residents
+
+logger = logging.getLogger(__name__)
+
+
+class _Occupant:
+    """A steered row with the runner's live list of its output ids."""
+
+    __slots__ = ("output_token_ids", "row")
+
+    def __init__(self, row: SteeredRow, output_token_ids: list[int]) -> None:
+        self.row = row
+        self.output_token_ids = output_token_ids
+
+
+class SteeringProcessor(LogitsProcessor):
+    """Adds adapter log-probabilities to the logits of the rows that asked for it.
+
+    The worker extension attaches the runner's discard mask and the recording sampler; until then steered requests are
+    refused, because their failures could not be reported.
+    """
+
+    @classmethod
+    @override
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse malformed steering in the front end, with a 400."""
+        try:
+            params = SteeringParams.from_extra_args(sampling_params.extra_args)
+        except InvalidRequestError as exc:
+            raise ValueError(exc.message) from exc
+        if params is not None and params.active and sampling_params.logprobs is None:
+            raise ValueError(
+                "a steered request must ask for logprobs (0 is enough): they are how a failed row is reported"
+            )
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.boot_id = uuid.uuid4().hex
+        self.residents = build_residents(vllm_config, device)
+        self.core = SteeringCore(self.residents.committed, vocab_size=self.residents.base.vocab_size)
+        self.records = RecordBuffer()
+        self.discarded: Callable[[int], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
+        self.result: StepResult | None = None
+        self._occupants: dict[int, _Occupant] = {}
+
+    def forget_result(self) -> None:
+        """Drop the last step's result, so that a step without steered rows leaves none."""
+        self.result = None
+
+    @override
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    @override
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        self.result = None
+        if batch_update is None:
+            return
+        try:
+            self._update(batch_update)
+        except Exception:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("batch update failed; all steered rows of this batch fail")
+            for occupant in self._occupants.values():
+                occupant.row.error = occupant.row.error or "internal error while tracking the batch"
+
+    def _update(self, batch_update: BatchUpdate) -> None:
+        for index in batch_update.removed:
+            self._evict(index)
+        for index, sampling_params, prompt_token_ids, output_token_ids in batch_update.added:
+            self._evict(index)
+            params = SteeringParams.from_extra_args(sampling_params.extra_args)
+            if params is None or not params.active:
+                continue
+            # Outputs are read in `apply`: now the newest may still be a placeholder.
+            row = self.core.open(params, prompt_token_ids, ())
+            self._occupants[index] = _Occupant(row, output_token_ids)
+        for source, target, direction in batch_update.moved:
+            moving, standing = self._occupants.pop(source, None), self._occupants.pop(target, None)
+            if moving is not None:
+                self._occupants[target] = moving
+            if standing is not None and direction == MoveDirectionality.SWAP:
+                self._occupants[source] = standing
+            elif standing is not None:
+                self.core.close(standing.row)
+        self.residents.sweep()
+
+    def _evict(self, index: int) -> None:
+        occupant = self._occupants.pop(index, None)
+        if occupant is not None:
+            self.core.close(occupant.row)
+
+    @override
+    def apply(self, logits: Tensor) -> Tensor:
+        if not self._occupants:
+            return logits
+        rows = self._rows(logits.shape[0])
+        try:
+            self.result = self.core.step(rows, logits)
+        except Exception as exc:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("a steering step failed; its rows fail")
+            for row, _ in rows:
+                row.error = row.error or f"internal error in a steering step: {type(exc).__name__}"
+            self.result = self.core.step(rows, logits)  # all rows carry an error now: nothing is computed
+        return logits
+
+    def _rows(self, num_rows: int) -> Sequence[tuple[SteeredRow, int]]:
+        """The steered rows of this step whose sample counts, with their tokens brought up to date."""
+        discarded = self.discarded(num_rows) if self.discarded is not None else None
+        rows: list[tuple[SteeredRow, int]] = []
+        for index, occupant in self._occupants.items():
+            if index >= num_rows or (discarded is not None and discarded[index]):
+                continue
+            row = occupant.row
+            if self.discarded is None:
+                row.error = row.error or "the engine's recording sampler is not attached"
+            row.append(occupant.output_token_ids[row.num_output_tokens :])
+            rows.append((row, index))
+        return rows

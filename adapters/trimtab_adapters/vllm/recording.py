@@ -1,0 +1,78 @@
+"""A sampler around vLLM's V1 sampler: steered log-probabilities in the answer, records of each sampled token.
+
+Installed by the worker extension in place of `model_runner.sampler` of vLLM 0.32.0 (class `Sampler`, called as
+`sampler(logits=, sampling_metadata=)`). It changes no sample. vLLM's own sampler computes returned log-probabilities
+from the logits before any processor; here the rows of steered requests get the steered ones instead, still before
+temperature. A row whose steering failed gets `FAILED_LOGPROB` at its token, which is how the gateway learns of it
+before it passes the token on.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from trimtab_adapters.contract.params import FAILED_LOGPROB
+from trimtab_adapters.steering import StepResult
+from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
+
+logger = logging.getLogger(__name__)
+
+
+class RecordingSampler(Sampler):
+    """Calls the sampler that it replaces, then corrects and records what concerns steered rows."""
+
+    def __init__(self, inner: Sampler, processor: SteeringProcessor) -> None:
+        super().__init__(logprobs_mode=inner.logprobs_mode, use_fp64_gumbel=inner.use_fp64_gumbel)
+        self.topk_topp_sampler = inner.topk_topp_sampler
+        self._processor = processor
+
+    @override
+    def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
+        self._processor.forget_result()
+        output = super().forward(logits, sampling_metadata, *args, **kwargs)
+        result: StepResult | None = self._processor.result
+        if result is None:
+            return output
+        sampled = output.sampled_token_ids[:, 0]
+        try:
+            self._processor.records.observe(result, sampled)
+            _write_steered(output.logprobs_tensors, result, sampled, sampling_metadata)
+        except Exception:  # boundary: an exception that leaves the sampler kills the engine for good
+            logger.exception("recording failed; the steered rows of this step fail")
+            result.fail_all("internal error while recording log-probabilities")
+            self._processor.records.observe(result, sampled)
+        _mark_failed(output.logprobs_tensors, result)
+        return output
+
+
+def _write_steered(
+    tensors: LogprobsTensors | None, result: StepResult, sampled: Tensor, metadata: SamplingMetadata
+) -> None:
+    """Replace the steered rows of vLLM's log-probability tensors."""
+    if tensors is not None and result.rows:
+        indices, steered = result.indices, result.steered_logprobs
+        if tensors.logprob_token_ids.numel() == 0:  # the whole vocabulary, unsorted
+            tensors.logprobs[indices] = steered
+        elif metadata.logprob_token_ids:  # tokens named by the caller; padding is minus infinity
+            values = steered.gather(1, tensors.logprob_token_ids[indices].long())
+            is_padding = tensors.logprobs[indices] == -torch.inf
+            tensors.logprobs[indices] = values.masked_fill(is_padding, -torch.inf)
+        else:
+            num_logprobs = tensors.logprob_token_ids.shape[1] - 1
+            ours = Sampler.gather_logprobs(steered, num_logprobs, token_ids=sampled[indices].long())
+            tensors.logprob_token_ids[indices] = ours.logprob_token_ids.to(tensors.logprob_token_ids.dtype)
+            tensors.logprobs[indices] = ours.logprobs
+            tensors.selected_token_ranks[indices] = ours.selected_token_ranks.to(tensors.selected_token_ranks.dtype)
+
+
+def _mark_failed(tensors: LogprobsTensors | None, result: StepResult) -> None:
+    """Put the mark of a failed row where its log-probabilities were."""
+    if tensors is not None and result.failed:
+        indices = torch.tensor([index for _, index in result.failed], device=tensors.logprobs.device)
+        tensors.logprobs[indices] = FAILED_LOGPROB

@@ -1,0 +1,102 @@
+"""Methods mixed into vLLM's worker, called by `collective_rpc` between two decoding steps.
+
+Bound to `--worker-extension-cls` of vLLM 0.32.0: the class is added to the worker's bases, so its names carry a prefix
+that collides with nothing. Answers cross msgpack, so they are plain dictionaries and lists. An exception would travel
+as text only, so refusals are values: `{"error": {...}}`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+
+from trimtab_adapters.contract.engine_api import EngineStatus
+from trimtab_adapters.contract.errors import TrimtabError
+from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
+from trimtab_adapters.vllm.recording import RecordingSampler
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class TrimtabWorkerExtension:
+    """Attach, prepare, commit, retire, status and records. All run on the worker's one thread."""
+
+    if TYPE_CHECKING:
+        model_runner: Any
+        vllm_config: VllmConfig
+
+    def _trimtab_processor(self) -> SteeringProcessor:
+        for processor in self.model_runner.input_batch.logitsprocs.all:
+            if isinstance(processor, SteeringProcessor):
+                return processor
+        raise RuntimeError("the engine was started without Trimtab's logits processor")
+
+    def trimtab_attach(self) -> dict[str, Any]:
+        """Install the recording sampler and give the processor the runner's discard mask. Idempotent."""
+        processor, runner = self._trimtab_processor(), self.model_runner
+        if not isinstance(runner.sampler, RecordingSampler):
+            if runner.sampler.logprobs_mode != "raw_logprobs":
+                raise RuntimeError("Trimtab needs --logprobs-mode raw_logprobs")
+            runner.sampler = RecordingSampler(runner.sampler, processor)
+        processor.discarded = lambda num_rows: runner.discard_request_mask.np[:num_rows]
+        return self.trimtab_status()
+
+    def trimtab_status(self) -> dict[str, Any]:
+        """An `EngineStatus` as a dictionary."""
+        processor, config = self._trimtab_processor(), self.vllm_config.model_config
+        residents = processor.residents
+        served = config.served_model_name
+        return EngineStatus(
+            boot_id=processor.boot_id,
+            vllm_version=vllm.__version__,
+            runner="v1",
+            model=served if isinstance(served, str) else (served or [config.model])[0],
+            max_model_len=config.max_model_len,
+            vocab_size=residents.base.vocab_size,
+            vocabulary_sha256=residents.base.vocabulary_sha256,
+            num_tokens=residents.base.num_tokens,
+            versions=residents.versions(),
+            cache=residents.cache_status(),
+            steered_rows=processor.core.num_rows,
+            steered_steps=processor.core.num_steps,
+            failed_rows=processor.core.num_failed,
+        ).model_dump()
+
+    def trimtab_prepare(self, version: VersionId, path: str) -> dict[str, Any]:
+        """Start loading a version in a background thread; returns its state at once."""
+        residents = self._trimtab_processor().residents
+        residents.prepare(version, path)
+        return residents.poll(version).model_dump()
+
+    def trimtab_poll(self, version: VersionId) -> dict[str, Any]:
+        """State of a version that is loading."""
+        try:
+            return self._trimtab_processor().residents.poll(version).model_dump()
+        except TrimtabError as exc:
+            return _refusal(exc)
+
+    @torch.inference_mode()
+    def trimtab_commit(self, version: VersionId) -> dict[str, Any]:
+        """Make a prepared version usable from the next step on."""
+        try:
+            return self._trimtab_processor().residents.commit(version).model_dump()
+        except TrimtabError as exc:
+            return _refusal(exc)
+
+    def trimtab_retire(self, version: VersionId) -> dict[str, Any]:
+        """Refuse new rows for a version; free it now or with its last row."""
+        active_rows = self._trimtab_processor().residents.retire(version)
+        return {"version": version, "freed": active_rows == 0, "active_rows": active_rows}
+
+    def trimtab_take(self, uids: list[str]) -> list[dict[str, Any]]:
+        """Remove and return the records of finished candidates."""
+        return [record.model_dump() for record in self._trimtab_processor().records.take(uids)]
+
+
+def _refusal(exc: TrimtabError) -> dict[str, Any]:
+    return {
+        "error": {"message": exc.message, "type": exc.type, "param": exc.param, "code": exc.code},
+        "status": exc.status,
+    }
