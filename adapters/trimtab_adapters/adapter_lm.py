@@ -49,7 +49,9 @@ class AdapterLM:
 
         The batch's sequences must already be extended; their keys and values are written into its pool.
         """
-        wanted = batch.last_index if rows is None else batch.last_index[torch.as_tensor(rows, device=self.device)]
+        wanted = batch.last_index
+        if rows is not None:
+            wanted = wanted[torch.as_tensor(rows, dtype=torch.long, device=self.device)]
         output = self.model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],

@@ -61,7 +61,7 @@ class PoolCounters:
     recomputed_tokens: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SequenceCache:
     """The blocks of one row for one adapter version.
 

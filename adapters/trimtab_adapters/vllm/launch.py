@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         _own_parser().print_help()
         print("\nAll flags of vLLM's OpenAI server are accepted too; `trimtab engine --vllm-help` lists them.")
         return 0
+    if own.nice:
+        os.nice(own.nice)
     if own.die_with_parent:
         die_with_parent()
     try:
@@ -72,6 +74,7 @@ def _own_parser() -> ArgumentParser:
     parser.add_argument(
         "--die-with-parent", action="store_true", help="stop when the process that started this one ends"
     )
+    parser.add_argument("--nice", type=int, default=0, help="lower the priority by this much: vLLM busy-waits")
     return parser
 
 

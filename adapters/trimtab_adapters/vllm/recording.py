@@ -63,6 +63,8 @@ def _write_steered(
             values = steered.gather(1, tensors.logprob_token_ids[indices].long())
             is_padding = tensors.logprobs[indices] == -torch.inf
             tensors.logprobs[indices] = values.masked_fill(is_padding, -torch.inf)
+            ranks = (steered >= values[:, :1]).sum(dim=-1)  # column 0 is the sampled token
+            tensors.selected_token_ranks[indices] = ranks.to(tensors.selected_token_ranks.dtype)
         else:
             num_logprobs = tensors.logprob_token_ids.shape[1] - 1
             ours = Sampler.gather_logprobs(steered, num_logprobs, token_ids=sampled[indices].long())

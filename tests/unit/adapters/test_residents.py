@@ -1,0 +1,194 @@
+import gc
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steering_reference import VOCAB_SIZE, base_description, load, params
+from tiny_models import TinyModels, write_llama, write_manifest, write_tokenizer
+from trimtab_adapters.adapter_lm import load_adapter_lm
+from trimtab_adapters.contract.errors import AdapterError, ConflictError, NotFoundError
+from trimtab_adapters.residents import Residents
+from trimtab_adapters.steering import SteeringCore
+
+CPU = torch.device("cpu")
+
+
+def wait(residents: Residents, version: str) -> Any:
+    while (status := residents.poll(version)).state == "loading":
+        pass
+    return status
+
+
+def test_a_prepared_version_is_not_used_until_it_is_committed(residents: Residents, tiny_models: TinyModels) -> None:
+    version = tiny_models.manifest("adapter").version_id
+    with pytest.raises(NotFoundError):
+        residents.poll(version)
+    residents.prepare(version, str(tiny_models.adapter))
+    status = wait(residents, version)
+    assert (status.state, status.name) == ("prepared", "adapter")
+    assert version not in residents.committed
+    assert residents.commit(version).state == "committed"
+    assert residents.commit(version).state == "committed", "committing twice is harmless"
+    assert status.weight_bytes == sum(
+        p.numel() * p.element_size() for p in residents.committed[version].adapter.model.parameters()
+    )
+
+
+def test_a_retired_version_serves_its_rows_to_the_end_and_is_then_freed(
+    residents: Residents, tiny_models: TinyModels
+) -> None:
+    version = load(residents, tiny_models.adapter)
+    core = SteeringCore(residents.committed, vocab_size=VOCAB_SIZE)
+    row = core.open(params("u", (version, 1.0)), [1, 2], [])
+    model = weakref.ref(residents.committed[version].adapter.model)
+    weight = residents.committed[version].adapter.model.lm_head.weight
+    assert residents.retire(version) == 1
+    assert core.open(params("new", (version, 1.0)), [1], []).error is not None
+    result = core.step([(row, 0)], torch.zeros(1, VOCAB_SIZE))
+    assert result is not None
+    assert result.rows == [row]
+    core.close(row)
+    residents.sweep()
+    assert weight.numel() == 0, "the memory is given back even while somebody holds the tensor"
+    assert residents.budget.allocated_bytes == 0
+    del row, result, weight
+    gc.collect()
+    assert model() is None
+    assert residents.retire(version) == 0
+
+
+def test_a_version_that_is_wanted_again_while_it_retires_is_kept(residents: Residents, tiny_models: TinyModels) -> None:
+    version = load(residents, tiny_models.adapter)
+    core = SteeringCore(residents.committed, vocab_size=VOCAB_SIZE)
+    row = core.open(params("u", (version, 1.0)), [1, 2], [])
+    residents.retire(version)
+    residents.prepare(version, "/nowhere")
+    residents.commit(version)
+    core.close(row)
+    residents.sweep()
+    assert core.open(params("again", (version, 1.0)), [1], []).error is None
+
+
+@pytest.fixture
+def copy(tiny_models: TinyModels, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_models.adapter, tmp_path / "copy"))
+
+
+def refusal(residents: Residents, directory: Path, version: str | None = None) -> tuple[str, str]:
+    version = version or write_manifest(directory, "adapter").version_id
+    residents.prepare(version, str(directory))
+    status = wait(residents, version)
+    assert status.state == "failed"
+    with pytest.raises(ConflictError):
+        residents.commit(version)
+    return str(status.error_code), str(status.error)
+
+
+def test_another_content_than_the_version_says_is_refused(residents: Residents, copy: Path) -> None:
+    code, message = refusal(residents, copy, "0123456789abcdef")
+    assert code == "invalid_manifest"
+    assert "not 0123456789abcdef" in message
+
+
+def test_missing_weights_are_refused(residents: Residents, copy: Path) -> None:
+    version = write_manifest(copy, "adapter").version_id
+    (copy / "model.safetensors").unlink()
+    assert refusal(residents, copy, version)[0] == "invalid_adapter"
+
+
+def test_nan_weights_are_refused(residents: Residents, copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"][3, 3] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    code, message = refusal(residents, copy)
+    assert code == "invalid_weights"
+    assert "lm_head.weight" in message
+
+
+def test_another_tokenizer_is_refused(residents: Residents, tmp_path: Path) -> None:
+    directory = tmp_path / "foreign"
+    write_llama(directory, seed=1, num_layers=1, width=32, vocab_size=100)
+    write_tokenizer(directory, 100)
+    code, message = refusal(residents, directory)
+    assert code == "vocabulary_mismatch"
+    assert "100 tokens" in message
+
+
+def test_a_short_context_and_an_unknown_prefix_are_refused(residents: Residents, tmp_path: Path) -> None:
+    directory = tmp_path / "short"
+    write_llama(directory, seed=1, num_layers=1, width=32, max_length=255)
+    write_tokenizer(directory)
+    assert "255 positions" in refusal(residents, directory)[1]
+    write_manifest(directory, "adapter", prefix=[500])
+    version = write_manifest(directory, "adapter", prefix=[500]).version_id
+    assert "prefix token ids [500]" in refusal(residents, directory, version)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {}),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 16}),
+        ("Mistral", {"sliding_window": 8}),
+        ("Gemma", {"head_dim": 16}),
+    ],
+)
+def test_families_that_run_as_adapter_lms(
+    family: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    import transformers
+
+    config_class, model_class = (
+        getattr(transformers, f"{family}Config"),
+        getattr(transformers, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel"),
+    )
+    common = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    config = config_class(
+        **(options | {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0} if family == "GPT2" else common | options)
+    )
+    model_class(config).to(dtype).save_pretrained(tmp_path)
+    adapter = load_adapter_lm(tmp_path, CPU)  # compares itself with the family's own forward pass
+    assert adapter.geometry.dtype == dtype
+    assert adapter.num_logits == 97
+
+
+def test_an_attention_that_would_be_wrong_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"gemma2 .* soft-capped"):
+        load_adapter_lm(tmp_path, CPU)
+
+
+def test_the_base_description_counts_tokens(tiny_models: TinyModels) -> None:
+    assert base_description(tiny_models.base).num_tokens == 128
