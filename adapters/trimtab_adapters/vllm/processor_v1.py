@@ -46,8 +46,9 @@ class _Occupant:
 class SteeringProcessor(LogitsProcessor):
     """Adds adapter log-probabilities to the logits of the rows that asked for it.
 
-    The worker extension attaches the runner's discard mask and the recording sampler; until then steered requests are
-    refused, because their failures could not be reported.
+    The worker extension attaches what only the runner knows: `discarded`, the mask of rows whose sample is thrown away,
+    `before_step`, a hook called when a step's batch is known, and the recording sampler. Until then steered requests
+    fail, because their failures could not be reported.
     """
 
     @classmethod
@@ -69,6 +70,7 @@ class SteeringProcessor(LogitsProcessor):
         self.core = SteeringCore(self.residents.committed, vocab_size=self.residents.base.vocab_size)
         self.records = RecordBuffer()
         self.discarded: Callable[[int], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
+        self.before_step: Callable[[], None] | None = None
         self.result: StepResult | None = None
         self._occupants: dict[int, _Occupant] = {}
 
@@ -83,9 +85,11 @@ class SteeringProcessor(LogitsProcessor):
     @override
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         self.result = None
-        if batch_update is None:
-            return
         try:
+            if self.before_step is not None:
+                self.before_step()
+            if batch_update is None:
+                return
             self._update(batch_update)
         except Exception:  # boundary: an exception that leaves a processor kills the engine for good
             logger.exception("batch update failed; all steered rows of this batch fail")

@@ -19,6 +19,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from trimtab_adapters.contract.params import FAILED_LOGPROB
 from trimtab_adapters.steering import StepResult
+from trimtab_adapters.vllm.cpu_generators import rewound
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,12 @@ class RecordingSampler(Sampler):
     @override
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
         self._processor.forget_result()
-        output = super().forward(logits, sampling_metadata, *args, **kwargs)
+        discarded = self._processor.discarded
+        if sampling_metadata.generators and discarded is not None:
+            with rewound(sampling_metadata.generators, discarded(logits.shape[0])):
+                output = super().forward(logits, sampling_metadata, *args, **kwargs)
+        else:
+            output = super().forward(logits, sampling_metadata, *args, **kwargs)
         result: StepResult | None = self._processor.result
         if result is None:
             return output

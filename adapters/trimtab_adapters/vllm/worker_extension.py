@@ -13,6 +13,7 @@ import vllm
 from trimtab_adapters.contract.engine_api import EngineStatus
 from trimtab_adapters.contract.errors import TrimtabError
 from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.vllm.cpu_generators import replace_generators
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
 from trimtab_adapters.vllm.recording import RecordingSampler
 
@@ -41,6 +42,8 @@ class TrimtabWorkerExtension:
                 raise RuntimeError("Trimtab needs --logprobs-mode raw_logprobs")
             runner.sampler = RecordingSampler(runner.sampler, processor)
         processor.discarded = lambda num_rows: runner.discard_request_mask.np[:num_rows]
+        if runner.device.type == "cpu":
+            processor.before_step = lambda: replace_generators(runner)
         return self.trimtab_status()
 
     def trimtab_status(self) -> dict[str, Any]:

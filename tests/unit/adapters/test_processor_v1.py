@@ -18,6 +18,7 @@ from tiny_models import TinyModels
 from trimtab_adapters.contract.params import FAILED_LOGPROB, SteeringParams
 from trimtab_adapters.residents import Residents
 from trimtab_adapters.vllm import processor_v1
+from trimtab_adapters.vllm.cpu_generators import replace_generators, rewound
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
 from trimtab_adapters.vllm.recording import RecordingSampler
 
@@ -188,6 +189,7 @@ def sample_with(
     """Run vLLM's own sampler, greedy, inside the recording one."""
     metadata: Any = SimpleNamespace(
         max_num_logprobs=num_logprobs,
+        generators={},
         logprob_token_ids=token_ids,
         all_greedy=True,
         all_random=False,
@@ -223,6 +225,27 @@ def test_returned_logprobs_are_the_steered_ones_before_temperature(
         for ids, value in zip(tensors.logprob_token_ids[row].tolist(), tensors.logprobs[row].tolist(), strict=True):
             assert value == pytest.approx(float(want[ids]), abs=1e-4) or value == float("-inf")
     assert tensors.selected_token_ranks.tolist() == [1, 1]
+
+
+def test_a_thrown_away_sample_leaves_the_generator_where_it_was() -> None:
+    plain = torch.Generator().manual_seed(3)
+    state = SimpleNamespace(generator=plain)
+    runner = SimpleNamespace(
+        requests={"r": state}, input_batch=SimpleNamespace(generators={1: plain}, req_ids=["q", "r"])
+    )
+    replace_generators(runner)
+    generator = runner.input_batch.generators[1]
+    assert generator is state.generator
+    replace_generators(runner)
+    assert runner.input_batch.generators[1] is generator, "replaced once only"
+    with rewound({1: generator}, np.array([False, True])):
+        torch.rand(4, generator=generator)
+    generator.set_offset(generator.get_offset() - 4)  # what vLLM does; a plain CPU generator raises
+    with rewound({1: generator}, np.array([False, False])):
+        drawn = torch.rand(4, generator=generator)
+    want = torch.Generator().manual_seed(3)
+    assert torch.equal(drawn, torch.rand(4, generator=want))
+    assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=want))
 
 
 def test_a_failed_row_is_marked_at_its_token_and_its_neighbours_are_not(bench: Bench) -> None:
