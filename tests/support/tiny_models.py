@@ -20,11 +20,13 @@ class TinyModels:
     """Directories of tiny random Llama models over one word-level vocabulary of 128 tokens `t1` ... and `<eos>` = 0.
 
     `adapter` and `other` are version directories; `other` has a prefix of one control token beyond the vocabulary.
+    `classifier` is a random sequence classifier with two labels.
     """
 
     base: Path
     adapter: Path
     other: Path
+    classifier: Path
 
     def manifest(self, name: str) -> Manifest:
         return Manifest.model_validate_json((getattr(self, name) / MANIFEST_FILE).read_bytes())
@@ -91,13 +93,39 @@ def write_llama(
         model.save_pretrained(directory)
 
 
+def write_classifier(directory: Path, *, seed: int) -> None:
+    """A random Llama sequence classifier."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=NUM_TOKENS,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            num_labels=2,
+        )
+        LlamaForSequenceClassification(config).save_pretrained(directory)
+
+
 def make_tiny_models(root: Path) -> TinyModels:
     """Write a base and two adapter versions."""
-    models = TinyModels(base=root / "base", adapter=root / "adapter", other=root / "other")
+    models = TinyModels(
+        base=root / "base", adapter=root / "adapter", other=root / "other", classifier=root / "classifier"
+    )
     write_llama(models.base, seed=1, num_layers=4, width=128)
     write_llama(models.adapter, seed=2, num_layers=2, width=64, max_length=1024)
     write_llama(models.other, seed=3, num_layers=2, width=64, vocab_size=NUM_TOKENS + 8, max_length=1024)
-    for directory in (models.base, models.adapter, models.other):
+    write_classifier(models.classifier, seed=4)
+    for directory in (models.base, models.adapter, models.other, models.classifier):
         write_tokenizer(directory)
     write_manifest(models.adapter, "adapter")
     write_manifest(models.other, "other", prefix=[NUM_TOKENS + 2])
