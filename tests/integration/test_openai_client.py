@@ -297,7 +297,7 @@ def test_every_candidate_is_in_the_log(gateway: RunningGateway, client: OpenAI) 
     text = answer.parse().choices[0].text
     with gateway.client() as http:
         lines = http.get("/admin/rollouts/export", params={"format": "jsonl"}).text.splitlines()
-    rollouts = [rollout for rollout in map(json.loads, lines) if rollout["request_id"] == "logged-1"]
+    rollouts = [rollout for rollout in map(json.loads, lines) if rollout["metadata"].get("x_request_id") == "logged-1"]
     assert len(rollouts) == 3
     assert [rollout["output_text"] for rollout in rollouts if rollout["chosen"]] == [text]
     for rollout in rollouts:

@@ -143,7 +143,7 @@ def test_a_killed_gateway_leaves_no_engine_and_loses_no_acknowledged_rollout(
     try:
         wait_for(f"{url}/health", process, log)
         lines = httpx.get(f"{url}/admin/rollouts/export", params={"format": "jsonl"}, timeout=60).text.splitlines()
-        logged = [json.loads(line)["request_id"] for line in lines]
+        logged = [json.loads(line)["metadata"]["x_request_id"] for line in lines]
         assert sorted(logged) == sorted(acknowledged * 2)
     finally:
         stop(process)

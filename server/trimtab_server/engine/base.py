@@ -24,8 +24,9 @@ class EngineRequest:
 
     Attributes:
         endpoint: Which of the engine's OpenAI routes to use.
-        body: The engine's request body without `model`, `n`, `stream`, `stream_options` and `vllm_xargs`; validated and
-            translated by the gateway. Always asks for `logprobs` >= 0 and `return_token_ids`.
+        body: The engine's request body without `model`, `n`, `stream` and `stream_options`; validated and translated
+            by the gateway. Always asks for `logprobs` >= 0 and `return_token_ids`. `vllm_xargs` are the caller's own;
+            the engine adds the steering to them.
         steering: None for an unsteered candidate.
         request_id: For the engine's log and traces; unique per candidate.
     """
@@ -94,7 +95,7 @@ class Candidate:
 
 
 class Engine(Protocol):
-    """An inference engine. All methods raise `EngineError`s; none ever returns an unsteered answer to a steered request."""
+    """An inference engine. Methods raise `EngineError`s; none ever returns an unsteered answer to a steered request."""
 
     @property
     def name(self) -> str:

@@ -139,3 +139,4 @@ class TrainingJob:
     version: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    name: str = ""

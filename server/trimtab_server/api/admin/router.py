@@ -1,0 +1,73 @@
+"""The admin API as one router, behind the admin key."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import APIRouter, Depends
+
+from trimtab_server.api.admin.adapters import AfterRetire, BaseVocabulary, build_adapters_router
+from trimtab_server.api.admin.engines import build_engines_router
+from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
+from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
+from trimtab_server.api.admin.routes import build_routes_router
+from trimtab_server.api.admin.switching import BeforeSwitch, RouteSwitcher
+from trimtab_server.api.admin.training_jobs import build_training_jobs_router
+from trimtab_server.auth import require_admin
+from trimtab_server.engine.base import Engine
+from trimtab_server.storage.catalog import SqlCatalog, Validate
+from trimtab_server.storage.jobs import TrainingJobs
+from trimtab_server.storage.rollouts import SqlRolloutReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminParts:
+    """What the admin API works on.
+
+    Attributes:
+        catalog: Adapters and routes.
+        reader: Reads the rollout log.
+        flush: Brings acknowledged rollouts to the database.
+        jobs: Training jobs.
+        rewards: The reward registry.
+        engines: All engines.
+        validate: Loads a version in the engine before it is registered.
+        before_switch: Loads a version in the engine before a route points to it.
+        after_retire: Frees a version in the engine.
+        base_vocabulary: Fingerprint and number of tokens of the base model's tokenizer.
+        adapter_roots: Directories that versions may be registered from; None means any.
+    """
+
+    catalog: SqlCatalog
+    reader: SqlRolloutReader
+    flush: Flush
+    jobs: TrainingJobs
+    rewards: Rewards
+    engines: Sequence[Engine]
+    validate: Validate
+    before_switch: BeforeSwitch
+    after_retire: AfterRetire
+    base_vocabulary: BaseVocabulary
+    adapter_roots: Sequence[Path] | None = None
+
+
+def build_admin_router(parts: AdminParts) -> APIRouter:
+    """All routes under `/admin`, behind `require_admin`."""
+    switcher = RouteSwitcher(parts.catalog, parts.before_switch)
+    router = APIRouter(dependencies=[Depends(require_admin)])
+    router.include_router(
+        build_adapters_router(
+            parts.catalog,
+            switcher,
+            validate=parts.validate,
+            after_retire=parts.after_retire,
+            base_vocabulary=parts.base_vocabulary,
+            adapter_roots=parts.adapter_roots,
+        )
+    )
+    router.include_router(build_routes_router(parts.catalog, switcher, check_reward=parts.rewards.batched))
+    router.include_router(build_rollouts_router(parts.reader, parts.flush))
+    router.include_router(build_training_jobs_router(parts.jobs))
+    router.include_router(build_rewards_router(parts.rewards))
+    router.include_router(build_engines_router(parts.engines))
+    return router

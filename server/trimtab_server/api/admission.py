@@ -1,0 +1,115 @@
+"""From a valid body and a resolved model to a job: how many candidates, ranked by what, logged or not."""
+
+import uuid
+from typing import Any
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import SteeringParams
+from trimtab_server.api.chat_request import ChatBody
+from trimtab_server.api.request_fields import GenerationBody
+from trimtab_server.decoding.job import GenerationJob
+from trimtab_server.engine.base import Endpoint
+from trimtab_server.storage.base import ResolvedModel
+
+MAX_CANDIDATES = 16384
+"""Most candidates of one request, over all its prompts."""
+
+
+def build_job(
+    body: GenerationBody,
+    resolved: ResolvedModel,
+    *,
+    endpoint: Endpoint,
+    is_logging: bool,
+    metadata: dict[str, Any],
+) -> GenerationJob:
+    """The job of a request. A route's own `best_of` and reward hold where the body does not say.
+
+    Raises:
+        InvalidRequestError: The fields do not go together, or not with the route.
+    """
+    num_candidates = _num_candidates(body, resolved)
+    asks_best_of = body.best_of is not None or resolved.best_of is not None
+    # A route's reward is for choosing; where there is nothing to choose, it is not worth its time.
+    reward = body.reward or (resolved.reward if num_candidates > body.n else None)
+    if body.stream and body.reward is not None:
+        raise InvalidRequestError(
+            "Results cannot be streamed with 'reward': a reward judges whole answers.", param="stream"
+        )
+    if body.calibration is not None and reward is None:
+        raise InvalidRequestError("'calibration' needs a 'reward' to calibrate.", param="calibration")
+    prompts = body.prompts()
+    if len(prompts) * num_candidates > MAX_CANDIDATES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts with {num_candidates} candidates each are more than the {MAX_CANDIDATES} "
+            "candidates that one request may ask for.",
+            param="prompt",
+        )
+    prefix = "cmpl" if endpoint == "completions" else "chatcmpl"
+    job = GenerationJob(
+        id=f"{prefix}-{uuid.uuid4().hex}",
+        endpoint=endpoint,
+        resolved=resolved,
+        prompts=prompts,
+        body=body.engine_fields(),
+        seed=body.seed,
+        n=body.n,
+        num_candidates=num_candidates,
+        is_ranked=not body.stream and (reward is not None or (asks_best_of and num_candidates > 1)),
+        reward=reward,
+        calibration_size=body.calibration.size if body.calibration is not None else None,
+        record=is_logging or body.steering_logprobs,
+        steering_logprobs=body.steering_logprobs,
+        metadata=metadata,
+    )
+    _check_steering(job, body)
+    return job
+
+
+def rollout_metadata(request: Request, body: GenerationBody) -> dict[str, Any]:
+    """What the caller said about the request, for its rollouts."""
+    metadata: dict[str, Any] = {}
+    if body.user is not None:
+        metadata["user"] = body.user
+    if request.state.has_caller_request_id:
+        metadata["x_request_id"] = request.state.request_id
+    if isinstance(body, ChatBody) and body.metadata:
+        metadata["metadata"] = body.metadata
+    return metadata
+
+
+def _num_candidates(body: GenerationBody, resolved: ResolvedModel) -> int:
+    if body.best_of is not None and body.best_of < body.n:
+        raise InvalidRequestError(
+            "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
+            f"(currently {body.n}) to be at most 'best_of' (currently {body.best_of}), or omit either parameter if "
+            "you don't specifically want to use them.)",
+            param="best_of",
+        )
+    num_candidates = body.best_of if body.best_of is not None else max(body.n, resolved.best_of or 1)
+    if body.stream and num_candidates > body.n:
+        source = "best_of" if body.best_of is not None else f"the route {resolved.model!r}, whose best_of"
+        raise InvalidRequestError(
+            f"Results cannot be streamed when more candidates are generated than returned: {source} is "
+            f"{num_candidates} and n is {body.n}. Set 'best_of' to {body.n} to stream.",
+            param="stream",
+        )
+    return num_candidates
+
+
+def _check_steering(job: GenerationJob, body: GenerationBody) -> None:
+    active = job.active_steering
+    if not active:
+        return
+    try:
+        SteeringParams(uid=job.id, adapters=active)
+    except ValidationError as exc:
+        raise InvalidRequestError(f"Invalid 'steering': {exc.errors()[0]['msg']}.", param="steering") from exc
+    if isinstance(body, ChatBody) and body.has_media:
+        raise InvalidRequestError(
+            "Messages with images, audio or other media cannot be steered: the adapter LM only reads text.",
+            param="messages",
+        )

@@ -1,0 +1,1 @@
+"""The sub-commands of `trimtab` that talk to the admin API, and `serve`."""

@@ -1,0 +1,63 @@
+"""The engine's record of a steering, checked against the answer, and how callers see it."""
+
+from typing import Any
+
+from trimtab_adapters.contract.errors import SteeringError
+from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_server.engine.base import Candidate
+
+
+def checked_record(candidate: Candidate, record: SteeringRecord | None) -> SteeringRecord:
+    """The record of a steered candidate, cut to its tokens.
+
+    The engine may have sampled a few tokens more than the answer shows, when a stop string ended it. It can never have
+    steered fewer, or others.
+
+    Raises:
+        SteeringError: There is no record, it says that steering failed, or it is not of these tokens.
+    """
+    uid = candidate.steering.uid if candidate.steering is not None else ""
+    if record is None:
+        raise SteeringError(f"The engine has no record of the steering of candidate {uid}; its answer is withheld.")
+    if record.status == "failed":
+        raise SteeringError(f"Steering of this request failed: {record.error or 'the engine did not say why'}")
+    n = len(candidate.token_ids)
+    if record.num_tokens < n or record.token_ids[:n] != candidate.token_ids:
+        raise SteeringError(f"The engine's record is not that of candidate {uid}; its answer is withheld.")
+    return record.model_copy(
+        update={
+            "num_tokens": n,
+            "token_ids": record.token_ids[:n],
+            "base_logprobs": record.base_logprobs[:n],
+            "adapter_logprobs": [values[:n] for values in record.adapter_logprobs],
+            "steered_logprobs": record.steered_logprobs[:n],
+            "kl": record.kl[:n],
+            "flipped": record.flipped[:n],
+        }
+    )
+
+
+def steering_logprobs(candidate: Candidate) -> dict[str, Any]:
+    """What `steering_logprobs: true` adds to a choice: per generated token, natural logarithms before temperature.
+
+    `adapter` has one list per adapter with a non-zero alpha. Of an unsteered candidate base and steered are the same.
+    """
+    record = candidate.record
+    if record is None:
+        n = len(candidate.token_ids)
+        return {
+            "token_ids": candidate.token_ids,
+            "base": candidate.token_logprobs,
+            "adapter": [],
+            "steered": candidate.token_logprobs,
+            "kl": [0.0] * n,
+            "flipped": [False] * n,
+        }
+    return {
+        "token_ids": record.token_ids,
+        "base": record.base_logprobs,
+        "adapter": record.adapter_logprobs,
+        "steered": record.steered_logprobs,
+        "kl": record.kl,
+        "flipped": record.flipped,
+    }

@@ -1,0 +1,90 @@
+"""From a finished request to its rollouts: one per candidate, chosen or not, and one per reference rollout."""
+
+from typing import Any
+
+from trimtab_adapters.contract.records import RewardValue, Rollout
+from trimtab_server.decoding.job import GenerationJob, JobResult
+from trimtab_server.engine.base import Candidate
+
+# In the request only for the gateway's own sake, or kept elsewhere in the rollout.
+_NOT_SAMPLING = {"prompt", "messages", "return_token_ids", "logprobs", "top_logprobs"}
+
+
+def rollouts_of(result: JobResult) -> list[Rollout]:
+    """All rollouts of a request. Their ids are unique, so that writing them twice is harmless."""
+    job, rollouts = result.job, []
+    for prompt_index, prompt in enumerate(result.prompts):
+        for selection in prompt.selections:
+            rollouts.append(
+                _rollout(
+                    result,
+                    prompt_index,
+                    selection.candidate,
+                    is_chosen=selection.rank < job.n,
+                    num_candidates=job.num_candidates,
+                    reward=selection.reward,
+                )
+            )
+        for candidate in prompt.references:
+            rollouts.append(_reference(result, prompt_index, candidate, len(prompt.references)))
+    return rollouts
+
+
+def _rollout(
+    result: JobResult,
+    prompt_index: int,
+    candidate: Candidate,
+    *,
+    is_chosen: bool,
+    num_candidates: int,
+    reward: RewardValue | None,
+) -> Rollout:
+    job, record = result.job, candidate.record
+    rollout = _base(result, prompt_index, candidate, job.request(prompt_index, candidate.index).body)
+    return rollout.model_copy(
+        update={
+            "id": f"{job.id}-{prompt_index}-{candidate.index}",
+            "endpoint": job.endpoint,
+            "steering": list(job.resolved.steering),
+            "base_logprobs": record.base_logprobs if record else candidate.token_logprobs,
+            "adapter_logprobs": record.adapter_logprobs if record else None,
+            "steered_logprobs": record.steered_logprobs if record else candidate.token_logprobs,
+            "kl": record.kl if record else None,
+            "flipped": record.flipped if record else None,
+            "num_candidates": num_candidates,
+            "chosen": is_chosen,
+            "rewards": [reward] if reward is not None else [],
+        }
+    )
+
+
+def _reference(result: JobResult, prompt_index: int, candidate: Candidate, num_drawn: int) -> Rollout:
+    body = result.job.reference_request(prompt_index, candidate.index).body
+    return _base(result, prompt_index, candidate, body).model_copy(
+        update={"num_candidates": num_drawn, "chosen": False}
+    )
+
+
+def _base(result: JobResult, prompt_index: int, candidate: Candidate, body: dict[str, Any]) -> Rollout:
+    """An unsteered rollout; its base and steered log-probabilities are the same."""
+    job: GenerationJob = result.job
+    return Rollout(
+        id=f"{job.id}-{prompt_index}-ref-{candidate.index}",
+        request_id=job.id,
+        created_at=result.completed_at,
+        duration_s=candidate.duration_s,
+        route=job.resolved.model,
+        base_model=job.resolved.base_model,
+        endpoint="reference",
+        prompt=job.prompts[prompt_index].text,
+        prompt_token_ids=candidate.prompt_token_ids,
+        output_text=candidate.text,
+        output_token_ids=candidate.token_ids,
+        steering=[],
+        base_logprobs=candidate.token_logprobs,
+        steered_logprobs=candidate.token_logprobs,
+        sampling={key: value for key, value in body.items() if key not in _NOT_SAMPLING},
+        candidate_index=candidate.index,
+        finish_reason=candidate.finish_reason,
+        metadata={**job.metadata, "prompt_index": prompt_index, "engine": candidate.engine},
+    )

@@ -1,0 +1,357 @@
+"""A stock vLLM server with Trimtab's plug-ins, over HTTP.
+
+Relies on vLLM 0.32's protocol: `/v1/completions` and `/v1/chat/completions` with `return_token_ids`, `logprobs` and
+`vllm_xargs`; errors inside a 200 stream arrive as `data: {"error": ...}`; closing the connection aborts the request.
+https://docs.vllm.ai/en/v0.32.0/serving/openai_compatible_server/
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar
+
+import httpx
+from httpx_sse import EventSource, SSEError
+from pydantic import BaseModel, ValidationError
+
+from trimtab_adapters.contract.engine_api import (
+    EngineStatus,
+    LoadedVersion,
+    PrepareRequest,
+    RetireReply,
+    VersionRequest,
+)
+from trimtab_adapters.contract.errors import (
+    AdapterError,
+    EngineDiedError,
+    EngineError,
+    EngineRequestError,
+    EngineUnavailableError,
+    SteeringError,
+)
+from trimtab_adapters.contract.params import SteeringParams, VersionId, is_failed_logprob
+from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_server.engine.base import Candidate, Endpoint, EngineDelta, EngineRequest
+from trimtab_server.engine.record_taker import RecordTaker
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+
+_PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat.completions": "/v1/chat/completions"}
+
+# A generation may rightly be silent for minutes (queue, long prefill), so only connecting has a limit.
+_GENERATE = httpx.Timeout(None, connect=5.0)
+_STATUS = httpx.Timeout(10.0, connect=5.0)
+_CALL = httpx.Timeout(60.0, connect=5.0)
+_LOAD = httpx.Timeout(1800.0, connect=5.0)
+
+
+def build_engine_client(api_key: str | None = None) -> httpx.AsyncClient:
+    """An HTTP client for engines: no proxy from the environment, no limit on connections.
+
+    Idle connections are dropped well before vLLM's server drops them (5 s), so that no request meets a closing one.
+
+    Args:
+        api_key: The key that the engine was started with, if any.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.0)
+    return httpx.AsyncClient(limits=limits, timeout=_CALL, headers=headers, trust_env=False)
+
+
+class VllmEngine:
+    """`Engine` over HTTP.
+
+    Args:
+        url: Base address of the engine, without `/v1`.
+        name: For logs, metrics and rollouts.
+        client: See `build_engine_client`; closed by `aclose`.
+        max_concurrent: Candidates in the engine at the same time; more wait here.
+        retry_after_s: When callers should ask again while the engine is away, such as a supervisor's estimate.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        client: httpx.AsyncClient,
+        *,
+        max_concurrent: int = 1024,
+        retry_after_s: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._name = name
+        self._client = client
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._retry_after_s = retry_after_s
+        self._taker = RecordTaker(self._take)
+
+    @property
+    def name(self) -> str:
+        """For logs, metrics and rollouts."""
+        return self._name
+
+    async def status(self) -> EngineStatus:
+        """What is loaded. Raises `EngineUnavailableError` while the engine is down or starting."""
+        with self._translated():
+            response = await self._client.get(f"{self._url}/trimtab/status", timeout=_STATUS)
+        if response.status_code == 404:
+            raise EngineUnavailableError(
+                f"the engine at {self._url} is not a Trimtab engine; start it with `trimtab engine`", retry_after_s=10
+            )
+        if response.is_error:
+            raise self._unavailable(f"at {self._url} is not ready: {_message(response)}")
+        return _parsed(EngineStatus, response)
+
+    async def generate(self, request: EngineRequest) -> Candidate:
+        """Generate one candidate. Cancelling the task closes the connection, on which vLLM aborts the request."""
+        started = time.perf_counter()
+        async with self._slots:
+            with self._translated():
+                response = await self._client.post(
+                    self._url + _PATHS[request.endpoint],
+                    json=_payload(request, stream=False),
+                    headers={"X-Request-Id": request.request_id},
+                    timeout=_GENERATE,
+                )
+        if response.is_error:
+            raise _refusal(response)
+        with _well_formed():
+            data = json.loads(response.content)
+            choice: dict[str, Any] = data["choices"][0]
+            # The chat route has these beside its choices; a candidate has only one place for them.
+            choice.update(
+                {key: data[key] for key in ("prompt_token_ids", "prompt_logprobs", "prompt_text") if data.get(key)}
+            )
+            token_ids, token_logprobs = _tokens(request, choice)
+            candidate = Candidate(
+                index=0,
+                choice=choice,
+                text=choice["text"] if request.endpoint == "completions" else choice["message"].get("content") or "",
+                prompt_token_ids=choice.get("prompt_token_ids") or [],
+                token_ids=token_ids,
+                token_logprobs=token_logprobs,
+                finish_reason=choice.get("finish_reason"),
+                usage=_usage(request, data["usage"]),
+                duration_s=time.perf_counter() - started,
+                steering=request.steering,
+                engine=self._name,
+            )
+        if request.steering is not None and _has_failed(token_ids, token_logprobs):
+            raise await self._steering_error(request.steering)
+        return candidate
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
+        """Generate one candidate piece by piece; the last delta has only `usage` and an empty `choice`."""
+        is_complete = has_failed = False
+        async with self._slots:
+            with self._translated():
+                async with self._client.stream(
+                    "POST",
+                    self._url + _PATHS[request.endpoint],
+                    json=_payload(request, stream=True),
+                    headers={"X-Request-Id": request.request_id, "Accept": "text/event-stream"},
+                    timeout=_GENERATE,
+                ) as response:
+                    if response.is_error:
+                        await response.aread()
+                        raise _refusal(response)
+                    async with aclosing(EventSource(response).aiter_sse()) as events:
+                        # Read on after [DONE]: a body that was read to its end lets the connection be used again.
+                        async for event in events:
+                            if event.data == "[DONE]":
+                                is_complete = True
+                                continue
+                            delta = _delta(request, event.data)
+                            if request.steering is not None and _has_failed(delta.token_ids, delta.token_logprobs):
+                                has_failed = True
+                                break
+                            yield delta
+        if has_failed and request.steering is not None:
+            raise await self._steering_error(request.steering)
+        if not is_complete:
+            raise EngineDiedError(f"the engine {self._name} broke its answer off")
+
+    async def take_records(self, uids: Sequence[str]) -> dict[str, SteeringRecord]:
+        """The records of finished candidates, by uid. Concurrent calls share one request to the engine."""
+        return await self._taker.take(uids)
+
+    async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
+        """Load and validate a version. Raises `AdapterError`, of the engine's own kind, when it is refused."""
+        body = PrepareRequest(version=version, path=path)
+        try:
+            loaded = _parsed(LoadedVersion, await self._call("/trimtab/adapters/prepare", body.model_dump(), _LOAD))
+        except EngineRequestError as exc:
+            if exc.engine_status >= 500:
+                raise
+            raise _adapter_error(exc.message, exc.error.get("code")) from exc
+        if loaded.state == "failed":
+            raise _adapter_error(loaded.error or f"the engine could not load version {version}", loaded.error_code)
+        return loaded
+
+    async def commit(self, version: VersionId) -> LoadedVersion:
+        """Make a prepared version usable, between two decoding steps."""
+        body = VersionRequest(version=version).model_dump()
+        return _parsed(LoadedVersion, await self._call("/trimtab/adapters/commit", body, _CALL))
+
+    async def retire(self, version: VersionId) -> RetireReply:
+        """Refuse new rows for a version and free it with the last row that uses it."""
+        body = VersionRequest(version=version).model_dump()
+        return _parsed(RetireReply, await self._call("/trimtab/adapters/retire", body, _CALL))
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A plain JSON call to one of the engine's own routes."""
+        with _well_formed():
+            data: dict[str, Any] = json.loads((await self._call(path, body, _CALL)).content)
+            return data
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._taker.aclose()
+        await self._client.aclose()
+
+    async def _call(self, path: str, body: dict[str, Any], timeout: httpx.Timeout) -> httpx.Response:
+        with self._translated():
+            response = await self._client.post(self._url + path, json=body, timeout=timeout)
+        if response.is_error:
+            raise _refusal(response)
+        return response
+
+    async def _take(self, uids: Sequence[str]) -> dict[str, SteeringRecord]:
+        data = await self.post("/trimtab/records/take", {"uids": list(uids)})
+        with _well_formed():
+            records = [SteeringRecord.model_validate(record) for record in data["records"]]
+        return {record.uid: record for record in records}
+
+    async def _steering_error(self, steering: SteeringParams) -> SteeringError:
+        try:
+            record = (await self.take_records([steering.uid])).get(steering.uid)
+        except EngineError as exc:
+            logger.warning("no reason for the failed steering of %s: %s", steering.uid, exc.message)
+            record = None
+        reason = record.error if record is not None and record.error else "the engine did not say why"
+        return SteeringError(f"Steering of this request failed: {reason}")
+
+    def _unavailable(self, what: str) -> EngineUnavailableError:
+        return EngineUnavailableError(f"the engine {what}", retry_after_s=self._retry_after_s())
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn the exceptions of httpx into ours, here and nowhere else."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
+            raise self._unavailable(f"{self._name} cannot be reached; it may be starting") from exc
+        except httpx.TimeoutException as exc:
+            raise self._unavailable(f"{self._name} does not answer") from exc
+        except (httpx.HTTPError, SSEError) as exc:
+            raise EngineDiedError(f"the engine {self._name} broke its answer off") from exc
+
+
+def _payload(request: EngineRequest, *, stream: bool) -> dict[str, Any]:
+    body = {**request.body, "n": 1, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    if request.steering is not None:
+        body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), **request.steering.to_xargs()}
+    return body
+
+
+def _delta(request: EngineRequest, text: str) -> EngineDelta:
+    with _well_formed():
+        chunk = json.loads(text)
+        if chunk.get("error"):
+            raise _stream_error(chunk["error"])
+        if not chunk["choices"]:
+            return EngineDelta(choice={}, usage=_usage(request, chunk["usage"]))
+        choice: dict[str, Any] = chunk["choices"][0]
+        choice.update({key: chunk[key] for key in ("prompt_token_ids", "prompt_text") if chunk.get(key)})
+        token_ids, token_logprobs = _tokens(request, choice)
+        return EngineDelta(
+            choice=choice,
+            token_ids=token_ids,
+            token_logprobs=token_logprobs,
+            prompt_token_ids=choice.get("prompt_token_ids"),
+        )
+
+
+def _tokens(request: EngineRequest, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Generated ids and their log-probabilities; those of an echoed prompt come first and are left out."""
+    token_ids: list[int] = choice.get("token_ids") or []
+    if request.endpoint == "completions" and request.body.get("max_tokens") == 0:
+        return [], []  # vLLM samples one token that it does not show
+    if not token_ids:
+        return [], []
+    logprobs = choice.get("logprobs") or {}
+    if request.endpoint == "completions":
+        values = (logprobs.get("token_logprobs") or [])[-len(token_ids) :]
+    else:
+        values = [entry["logprob"] for entry in logprobs.get("content") or []][-len(token_ids) :]
+    if len(values) != len(token_ids) or None in values:
+        # Without them a failed steering could not be seen.
+        raise EngineError("the engine sent tokens without log-probabilities")
+    return token_ids, values
+
+
+def _has_failed(token_ids: Sequence[int], token_logprobs: Sequence[float]) -> bool:
+    return bool(token_ids) and any(is_failed_logprob(logprob) for logprob in token_logprobs)
+
+
+def _usage(request: EngineRequest, usage: dict[str, Any]) -> dict[str, Any]:
+    if request.endpoint == "completions" and request.body.get("max_tokens") == 0:
+        return {**usage, "completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+    return usage
+
+
+def _refusal(response: httpx.Response) -> EngineError:
+    error = _error_object(response)
+    message = str(error.get("message") or f"the engine answered {response.status_code}")
+    if response.status_code == 503:
+        return EngineUnavailableError(message)
+    return EngineRequestError(message, engine_status=response.status_code, error=error)
+
+
+def _stream_error(error: dict[str, Any]) -> EngineError:
+    code = error.get("code")
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    message = str(error.get("message") or "the engine failed")
+    if status == 503:
+        return EngineUnavailableError(message)
+    return EngineRequestError(message, engine_status=status, error=error)
+
+
+def _error_object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        error = json.loads(response.content).get("error")
+    except (ValueError, AttributeError):
+        return {}
+    return error if isinstance(error, dict) else {"message": str(error)} if error else {}
+
+
+def _message(response: httpx.Response) -> str:
+    return str(_error_object(response).get("message") or f"status {response.status_code}")
+
+
+def _adapter_error(message: str, code: object) -> AdapterError:
+    for kind in AdapterError.__subclasses__():
+        if kind.default_code == code:
+            return kind(message)
+    return AdapterError(message, code=code if isinstance(code, str) else None)
+
+
+def _parsed(model: type[M], response: httpx.Response) -> M:
+    with _well_formed():
+        return model.model_validate_json(response.content)
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """An answer in an unexpected shape is the engine's error, not a `KeyError`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ValidationError) as exc:
+        raise EngineError(f"the engine's answer has an unexpected form: {exc!r}") from exc

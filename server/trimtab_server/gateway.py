@@ -1,0 +1,48 @@
+"""What one application consists of, handed in from outside; `app.create_app` only puts it together."""
+
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+
+from trimtab_server.decoding.candidates import Selector
+from trimtab_server.decoding.generation import Generator
+from trimtab_server.engine.base import Engine
+from trimtab_server.engine.residency import Residency
+from trimtab_server.metrics import Metrics
+from trimtab_server.settings import Settings
+from trimtab_server.storage.base import Catalog, RolloutLog
+
+
+@dataclass(slots=True)
+class GatewayParts:
+    """The parts of a gateway.
+
+    Attributes:
+        settings: Read once, at start.
+        engine: Where candidates are generated.
+        residency: Holds adapter versions in the engine.
+        catalog: Adapters and routes.
+        rollout_log: Where rollouts go.
+        selector: Ranks candidates.
+        metrics: This application's own.
+        routers: More routes, such as the admin API.
+        background: Run from start to stop, such as the engine's supervisor and `residency.keep_converged`.
+        on_stop: Awaited in order when the application stops, after the background tasks.
+    """
+
+    settings: Settings
+    engine: Engine
+    residency: Residency
+    catalog: Catalog
+    rollout_log: RolloutLog
+    selector: Selector
+    metrics: Metrics = field(default_factory=Metrics)
+    routers: Sequence[APIRouter] = ()
+    background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
+    on_stop: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
+
+    def generator(self) -> Generator:
+        """The request path over these parts."""
+        return Generator(self.engine, self.residency, self.selector, self.rollout_log, self.settings.rollouts)

@@ -1,0 +1,221 @@
+"""`trimtab serve`: the gateway with its storage and, unless engines run elsewhere, one supervised engine.
+
+This is the composition root: the only place that names concrete parts. What is started here is stopped here.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from trimtab_adapters.contract.errors import EngineError, InvalidRequestError, TrimtabError, VocabularyError
+from trimtab_adapters.contract.manifest import read_vocabulary, vocabulary_fingerprint
+from trimtab_adapters.store import VersionStore
+from trimtab_server.api.admin.router import AdminParts, build_admin_router
+from trimtab_server.app import create_app
+from trimtab_server.decoding.best_of_n import BestOfN
+from trimtab_server.decoding.reference import ReferenceCalibrators
+from trimtab_server.engine.residency import Residency
+from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
+from trimtab_server.gateway import GatewayParts
+from trimtab_server.rewards.registry import RewardRegistry
+from trimtab_server.settings import Settings
+from trimtab_server.storage.base import AdapterVersion
+from trimtab_server.storage.calibrators import SqlCalibratorStore
+from trimtab_server.storage.catalog import SqlCatalog
+from trimtab_server.storage.database import Database
+from trimtab_server.storage.jobs import TrainingJobs
+from trimtab_server.storage.reward_specs import SqlRewardSpecs
+from trimtab_server.storage.rollout_log import SpooledRolloutLog
+from trimtab_server.storage.rollouts import SqlRolloutReader
+from trimtab_server.supervisor import EngineSupervisor
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[], Coroutine[Any, Any, None]]
+_SHUTDOWN_GRACE_S = 10
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status: 1, with the reason on standard error, when it cannot."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per engine call
+    try:
+        return asyncio.run(_serve(settings))
+    except (TrimtabError, OSError) as exc:
+        print(f"trimtab serve: {exc}", file=sys.stderr)
+        return 1
+
+
+async def _serve(settings: Settings) -> int:
+    if settings.model is None and not settings.engine_urls:
+        raise InvalidRequestError("there is nothing to serve: name a base model (--model) or an engine (--engine-url)")
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    # Taken before anything is started, so that a port in use is an error at once.
+    listener = _listen(settings.host, settings.port)
+    try:
+        parts = await build_parts(settings)
+        config = uvicorn.Config(
+            create_app(parts),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=_SHUTDOWN_GRACE_S,
+            timeout_keep_alive=60,
+        )
+        host, port = listener.getsockname()[:2]
+        logger.info("listening on http://%s:%d", host, port)
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        listener.close()
+    return 0
+
+
+async def build_parts(settings: Settings) -> GatewayParts:
+    """All parts of a gateway, with the database migrated and the adapters of the command line registered.
+
+    Raises:
+        TrimtabError: An adapter of the command line is refused, or the storage cannot be used.
+    """
+    database = Database(settings.database)
+    database.migrate()
+    store = VersionStore(settings.data_dir / "adapters")
+    catalog = SqlCatalog(database, store, settings.base_model)
+    await catalog.load()
+    await _register_given(settings, catalog)
+    rollout_log = SpooledRolloutLog(database, settings.data_dir / "spool", settings.rollouts)
+    await rollout_log.start()
+    background: list[Run] = []
+    engine = _build_engine(settings, background)
+    residency = Residency(engine, catalog)
+    rewards = RewardRegistry(SqlRewardSpecs(database))
+    calibrators = ReferenceCalibrators(SqlCalibratorStore(database), default_size=max(1, settings.calibration_size))
+
+    async def validate(version: AdapterVersion) -> None:
+        await engine.prepare(version.version, version.path)
+        await engine.retire(version.version)  # its memory is taken when somebody uses it
+
+    async def base_vocabulary() -> tuple[str, int] | None:
+        try:
+            status = await engine.status()
+        except EngineError:
+            return _local_vocabulary(settings)
+        return status.vocabulary_sha256, status.num_tokens
+
+    async def close_database() -> None:
+        database.close()
+
+    admin = AdminParts(
+        catalog=catalog,
+        reader=SqlRolloutReader(database),
+        flush=rollout_log.flush,
+        jobs=TrainingJobs(database),
+        rewards=rewards,
+        engines=[engine],
+        validate=validate,
+        before_switch=residency.ensure,
+        after_retire=residency.retire,
+        base_vocabulary=base_vocabulary,
+        adapter_roots=settings.adapter_roots or None,
+    )
+    return GatewayParts(
+        settings=settings,
+        engine=engine,
+        residency=residency,
+        catalog=catalog,
+        rollout_log=rollout_log,
+        selector=BestOfN(rewards, calibrators),
+        routers=[build_admin_router(admin)],
+        background=[*background, residency.keep_converged],
+        on_stop=[rollout_log.aclose, close_database],
+    )
+
+
+def _build_engine(settings: Settings, background: list[Run]) -> VllmEngine:
+    """The engine at the given address, or a supervised child on a free loopback port."""
+    if settings.engine_urls:
+        (url,) = settings.engine_urls
+        key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
+        return VllmEngine(url, "engine", build_engine_client(key), max_concurrent=settings.max_concurrent_candidates)
+    with _listen("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+
+    async def is_ready() -> bool:
+        try:
+            await engine.status()
+        except EngineError:
+            return False
+        return True
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRIMTAB_")}
+    environment.pop("VLLM_API_KEY", None)  # it listens on loopback, for this gateway alone
+    supervisor = EngineSupervisor(engine_command(settings, port), is_ready, environment=environment)
+    engine = VllmEngine(
+        f"http://127.0.0.1:{port}",
+        "engine",
+        build_engine_client(),
+        max_concurrent=settings.max_concurrent_candidates,
+        retry_after_s=lambda: supervisor.retry_after_s,
+    )
+    background.append(supervisor.run)
+    return engine
+
+
+def engine_command(settings: Settings, port: int) -> list[str]:
+    """The command line of the supervised engine."""
+    if settings.model is None:
+        raise ValueError("a supervised engine needs settings.model")
+    return [
+        *(sys.executable, "-m", "trimtab_adapters.vllm.launch"),
+        *("--model", settings.model, "--served-model-name", settings.base_model),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--die-with-parent", "--nice", str(settings.engine_nice)),
+        *settings.engine_args,
+    ]
+
+
+async def _register_given(settings: Settings, catalog: SqlCatalog) -> None:
+    """Register the adapters of the command line; each new one gets a route of its name.
+
+    A version that is known already changes no route, so that a restart with the same command line keeps later swaps.
+    """
+    for name, directory in settings.adapters.items():
+        before = set(catalog.state.versions)
+        version = await catalog.register(
+            directory.expanduser().absolute(), name=name, expected_vocabulary=_local_vocabulary(settings)
+        )
+        if version.version not in before or name not in catalog.state.routes:
+            await catalog.activate(name, name, version.version, comment="given on the command line")
+
+
+def _local_vocabulary(settings: Settings) -> tuple[str, int] | None:
+    """Fingerprint and size of the base's tokenizer when the base is a directory here; else the engine checks it."""
+    directory = Path(settings.model).expanduser() if settings.model else None
+    if directory is None or not (directory / "tokenizer.json").is_file():
+        return None
+    try:
+        vocabulary = read_vocabulary(directory)
+    except VocabularyError:
+        return None
+    return vocabulary_fingerprint(vocabulary), max(vocabulary.values()) + 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `OSError`, for example when the port is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener

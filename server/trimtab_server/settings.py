@@ -1,0 +1,138 @@
+"""The gateway's settings: frozen, read once, and the only place that reads the environment."""
+
+import ipaddress
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+RolloutMode = Literal["off", "async", "durable"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind address can only be reached from this machine. Names other than `localhost` count as public."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Settings(BaseSettings):
+    """Settings of `trimtab serve`. Each can be set as an environment variable with the prefix `TRIMTAB_`.
+
+    Lists are written with commas in the environment (`TRIMTAB_API_KEYS=a,b`); `engine_args` is written as on a
+    command line. An unknown keyword argument is an error.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="TRIMTAB_", extra="forbid", frozen=True, env_ignore_empty=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Other machines can reach anything but a loopback address, so that needs `api_keys`."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0 takes a free port."""
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Keys that open `/v1`. With none, everyone who can reach a loopback address may use it."""
+    admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Keys that open `/admin`. With none, `/admin` is open on a loopback address and closed on any other."""
+    data_dir: Path = Field(default_factory=lambda: Path.home() / ".trimtab")
+    """Where adapter versions, the spool and the default database live."""
+    database_url: str | None = None
+    """SQLAlchemy URL; None means SQLite in `data_dir`."""
+    engine_urls: Annotated[tuple[str, ...], NoDecode] = ()
+    """Base URL of an engine that runs elsewhere; at most one. With none, an engine is started as a child."""
+    engine_api_key: SecretStr | None = None
+    """Key that the engines were started with."""
+    model: str | None = None
+    """Hub id or directory of the base model."""
+    served_model_name: str | None = None
+    """Public name of the base model; None means `model`."""
+    adapters: Annotated[dict[str, Path], NoDecode] = Field(default_factory=dict)
+    """Adapters to register at start, `name=directory`."""
+    adapter_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Directories that the admin API may register adapters from. With none, any directory that the gateway can read."""
+    max_body_bytes: int = Field(default=32 * 1024 * 1024, gt=0)
+    """Largest request body."""
+    request_timeout_s: float | None = Field(default=600.0, gt=0)
+    """Longest time one request may take, streaming included. None means no limit."""
+    max_concurrent_candidates: int = Field(default=1024, gt=0)
+    """Candidates sent to one engine at the same time; more wait in the gateway."""
+    rollouts: RolloutMode = "durable"
+    """`durable` answers only when the rollouts are on disk, `async` soon after, `off` logs nothing."""
+    calibration_size: int = Field(default=16, ge=1, le=1024)
+    """Reference rollouts drawn per prompt to calibrate a reward."""
+    engine_args: Annotated[tuple[str, ...], NoDecode] = ()
+    """More arguments for the supervised engine, as on vLLM's command line."""
+    engine_nice: int = Field(default=10, ge=0, le=19)
+    """Priority of the supervised engine. Its busy loops would starve the gateway on a small machine at priority 0."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("api_keys", "admin_keys", "engine_urls", "adapter_roots", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("api_keys", "admin_keys")
+    @classmethod
+    def _real_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(not key.get_secret_value().strip() for key in keys):
+            raise ValueError("a key must not be empty")
+        return keys
+
+    @field_validator("engine_urls")
+    @classmethod
+    def _http_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is not an http:// or https:// address")
+        if len(urls) > 1:
+            raise ValueError("one gateway serves one engine; start a gateway for each")
+        return tuple(url.rstrip("/") for url in urls)
+
+    @field_validator("engine_args", mode="before")
+    @classmethod
+    def _split_command_line(cls, value: Any) -> Any:
+        return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split_adapters(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple):
+            return value
+        adapters: dict[str, str] = {}
+        for item in value:
+            name, separator, directory = str(item).partition("=")
+            if not (separator and name and directory):
+                raise ValueError(f"{item!r} is not name=directory")
+            if name in adapters:
+                raise ValueError(f"the adapter {name!r} is given twice")
+            adapters[name] = directory
+        return adapters
+
+    @model_validator(mode="after")
+    def _keys_for_public_binds(self) -> Self:
+        if not self.is_loopback_bind and not self.api_keys:
+            raise ValueError(
+                f"host {self.host!r} can be reached from other machines: set TRIMTAB_API_KEYS, or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def is_loopback_bind(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        return is_loopback(self.host)
+
+    @property
+    def base_model(self) -> str:
+        """Public name of the base model."""
+        return self.served_model_name or self.model or "base"
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL of the database."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'trimtab.db'}"

@@ -1,0 +1,1 @@
+"""One script per change, applied in the order of their `down_revision`."""

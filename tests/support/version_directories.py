@@ -1,0 +1,38 @@
+"""Directories of adapter LMs that need no torch: a configuration, a word-level tokenizer and one weight."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = {"<eos>": 0, "good": 1, "bad": 2}
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """Write name -> (dtype, shape, bytes), laid out in that order."""
+    header, position = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(data)]}
+        position += len(data)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
+
+
+def float32(values: Any) -> tuple[str, list[int], bytes]:
+    """A float32 tensor for `write_safetensors`."""
+    array = np.asarray(values, dtype="<f4")
+    return "F32", list(array.shape), array.tobytes()
+
+
+def make_model_directory(
+    path: Path, *, weight: float = 1.0, vocabulary: dict[str, int] | None = None, **config: Any
+) -> Path:
+    """What `save_pretrained` of a causal LM and its tokenizer would leave."""
+    path.mkdir(parents=True)
+    content = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **config}
+    (path / "config.json").write_text(json.dumps(content))
+    tokenizer = {"model": {"type": "WordLevel", "vocab": vocabulary or VOCABULARY}, "added_tokens": []}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_safetensors(path / "model.safetensors", {"weight": float32([[weight, 2.0], [3.0, 4.0]])})
+    return path

@@ -1,0 +1,216 @@
+"""Per-prompt calibrators: from memory, from the store, or drawn."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from typing_extensions import override
+
+from trimtab_adapters.contract.calibration import EmpiricalCalibrator, prompt_key
+from trimtab_adapters.contract.errors import (
+    EngineError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    RewardError,
+    StorageError,
+)
+from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_server.decoding.reference import MemoryCalibratorStore, ReferenceCalibrators
+from trimtab_server.rewards.batching import BatchedReward
+from trimtab_server.rewards.callable import CallableReward
+
+pytestmark = pytest.mark.anyio
+
+TEXTS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg", "hhhhhhhh"]
+
+
+def length_reward(version: str = "1") -> BatchedReward:
+    return BatchedReward(CallableReward("length", version, lambda inputs: [len(item.output) for item in inputs]))
+
+
+async def get(
+    calibrators: ReferenceCalibrators,
+    draw: Any,
+    *,
+    reward: BatchedReward | None = None,
+    ids: Sequence[int] = (1, 2),
+    prompt: str = "p",
+    size: int | None = None,
+) -> EmpiricalCalibrator:
+    return await calibrators.get(
+        prompt=prompt, prompt_token_ids=ids, reward=reward or length_reward(), draw_reference=draw, size=size
+    )
+
+
+async def settle() -> None:
+    """Let every task that can go on go on: each pass runs all tasks to their next wait."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_calibrator_is_drawn_scored_kept_and_stored(scripted_draw: Any) -> None:
+    store = MemoryCalibratorStore()
+    calibrators = ReferenceCalibrators(store, default_size=3)
+    draw = scripted_draw(list(TEXTS))
+    calibrator = await get(calibrators, draw)
+    assert calibrator == EmpiricalCalibrator(scores=(1.0, 2.0, 3.0), reference="base", reward="length@1")
+    assert await store.get(prompt_key([1, 2], "p"), "length@1", "base") == calibrator
+    assert await get(calibrators, draw) == calibrator
+    assert draw.asked == [3]
+
+
+async def test_the_store_saves_the_draw(scripted_draw: Any) -> None:
+    store = MemoryCalibratorStore()
+    first = await get(ReferenceCalibrators(store, default_size=3), scripted_draw(list(TEXTS)))
+    draw = scripted_draw([])
+    assert await get(ReferenceCalibrators(store, default_size=3), draw) == first
+    assert draw.asked == []
+
+
+async def test_fifty_callers_at_once_share_one_draw(scripted_draw: Any) -> None:
+    gate = asyncio.Event()
+    draw = scripted_draw(list(TEXTS), gate=gate.wait)
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), default_size=4)
+    tasks = [asyncio.create_task(get(calibrators, draw)) for _ in range(50)]
+    await settle()
+    assert draw.asked == [4]
+    gate.set()
+    results = await asyncio.gather(*tasks)
+    assert draw.asked == [4]
+    assert {result.scores for result in results} == {(1.0, 2.0, 3.0, 4.0)}
+
+
+@pytest.mark.parametrize("from_store", [False, True])
+async def test_a_larger_size_draws_only_what_is_missing(scripted_draw: Any, from_store: bool) -> None:
+    store = MemoryCalibratorStore()
+    calibrators = ReferenceCalibrators(store, default_size=3)
+    draw = scripted_draw(list(TEXTS))
+    await get(calibrators, draw)
+    if from_store:
+        calibrators = ReferenceCalibrators(store)
+    assert (await get(calibrators, draw, size=5)).scores == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert (await get(calibrators, draw, size=2)).size == 5
+    assert draw.asked == [3, 2]
+    stored = await store.get(prompt_key([1, 2], "p"), "length@1", "base")
+    assert stored is not None
+    assert stored.size == 5
+
+
+async def test_a_larger_size_that_arrives_during_a_draw_draws_the_rest_after_it(scripted_draw: Any) -> None:
+    gate = asyncio.Event()
+    draw = scripted_draw(list(TEXTS), gate=gate.wait)
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore())
+    small, *large = [asyncio.create_task(get(calibrators, draw, size=size)) for size in (2, 6, 6)]
+    await settle()
+    gate.set()
+    assert (await small).size == 2
+    assert [result.size for result in await asyncio.gather(*large)] == [6, 6]
+    assert draw.asked == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "other", [{"ids": (1, 3)}, {"prompt": "q"}, {"reward": length_reward("2")}, {"key": "base at temperature 2"}]
+)
+async def test_another_prompt_reward_version_or_reference_has_its_own_calibrator(
+    scripted_draw: Any, other: dict[str, Any]
+) -> None:
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), default_size=2)
+    await get(calibrators, scripted_draw(list(TEXTS)))
+    draw = scripted_draw(list(TEXTS), key=other.pop("key", "base"))
+    await get(calibrators, draw, **other)
+    assert draw.asked == [2]
+
+
+async def test_a_failed_draw_reaches_all_who_wait_and_is_not_kept(scripted_draw: Any) -> None:
+    gate = asyncio.Event()
+    draw = scripted_draw(list(TEXTS), gate=gate.wait, error=EngineUnavailableError("no engine is ready"))
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), default_size=2)
+    tasks = [asyncio.create_task(get(calibrators, draw)) for _ in range(5)]
+    await settle()
+    gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, EngineUnavailableError) for result in results)
+    assert draw.asked == [2]
+    draw.error = None
+    assert (await get(calibrators, draw)).size == 2
+
+
+async def test_a_failed_reward_reaches_the_caller_and_is_not_kept(scripted_draw: Any) -> None:
+    def fail(inputs: Sequence[RewardInput]) -> list[float]:
+        raise RewardError("the judge is away")
+
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), default_size=2)
+    with pytest.raises(RewardError, match="the judge is away"):
+        await get(calibrators, scripted_draw(list(TEXTS)), reward=BatchedReward(CallableReward("length", "1", fail)))
+    assert (await get(calibrators, scripted_draw(list(TEXTS)))).size == 2
+
+
+async def test_too_few_rollouts_are_an_error(scripted_draw: Any) -> None:
+    with pytest.raises(EngineError, match="1 of 2 reference rollouts"):
+        await get(ReferenceCalibrators(MemoryCalibratorStore(), default_size=2), scripted_draw(["a"]))
+
+
+async def test_the_first_caller_may_leave_without_harm_to_the_others(scripted_draw: Any) -> None:
+    gate = asyncio.Event()
+    draw = scripted_draw(list(TEXTS), gate=gate.wait)
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), default_size=2)
+    first, second = [asyncio.create_task(get(calibrators, draw)) for _ in range(2)]
+    await settle()
+    first.cancel()
+    await asyncio.wait([first])
+    gate.set()
+    assert (await second).size == 2
+    assert draw.asked == [2]
+
+
+async def test_the_draw_is_cancelled_with_the_last_caller_and_a_new_one_draws_again(scripted_draw: Any) -> None:
+    gate = asyncio.Event()
+    draw = scripted_draw(list(TEXTS), gate=gate.wait)
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), default_size=2)
+    tasks = [asyncio.create_task(get(calibrators, draw)) for _ in range(2)]
+    await settle()
+    for task in tasks:
+        task.cancel()
+    fresh = scripted_draw(list(TEXTS))
+    newcomer = asyncio.create_task(get(calibrators, fresh))
+    await asyncio.wait(tasks)
+    assert (await newcomer).size == 2
+    assert draw.was_cancelled
+    assert fresh.asked == [2]
+
+
+async def test_a_calibrator_that_cannot_be_stored_is_still_used(
+    scripted_draw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(MemoryCalibratorStore):
+        @override
+        async def put(self, prompt_key: str, calibrator: EmpiricalCalibrator) -> None:
+            raise StorageError("the disk is full")
+
+    calibrators = ReferenceCalibrators(Full(), default_size=2)
+    draw = scripted_draw(list(TEXTS))
+    with caplog.at_level(logging.WARNING):
+        assert (await get(calibrators, draw)).size == 2
+    assert "the disk is full" in caplog.text
+    await get(calibrators, draw)
+    assert draw.asked == [2]
+
+
+async def test_memory_is_bounded_and_forgets_the_least_recently_used() -> None:
+    store = MemoryCalibratorStore(max_size=2)
+    for key in ("a", "b"):
+        await store.put(key, EmpiricalCalibrator.fit([0.0], reference="base", reward="r@1"))
+    await store.get("a", "r@1", "base")
+    await store.put("c", EmpiricalCalibrator.fit([0.0], reference="base", reward="r@1"))
+    assert await store.get("a", "r@1", "base") is not None
+    assert await store.get("b", "r@1", "base") is None
+    assert await store.get("c", "r@1", "base") is not None
+
+
+async def test_a_size_below_one_is_refused(scripted_draw: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="at least 1"):
+        await get(ReferenceCalibrators(MemoryCalibratorStore()), scripted_draw([]), size=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        ReferenceCalibrators(MemoryCalibratorStore(), default_size=0)
