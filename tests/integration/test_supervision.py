@@ -51,7 +51,8 @@ def test_a_killed_engine_is_an_error_event_then_503_then_service_again(supervise
         with client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
             stream = events(response)
-            seen.append(next(stream))
+            while len({choice["index"] for event in seen for choice in event["choices"]}) < 8:
+                seen.append(next(stream))
             for process in engine_processes(supervised.pid):
                 process.send_signal(signal.SIGKILL)
             seen += list(stream)
@@ -99,7 +100,7 @@ def test_sigterm_stops_everything_and_a_restart_restores_the_routes(tiny_models:
             family = engine_processes(process.pid)
             assert len(family) >= 3, "API server, engine core and worker"
             process.send_signal(signal_number)
-            assert process.wait(60) in (0, -signal_number), log.read_text()[-2000:]
+            assert process.wait(60) in (0, -signal_number, 128 + signal_number), log.read_text()[-2000:]
             _, alive = psutil.wait_procs(family, timeout=10)
             assert alive == []
         finally:
