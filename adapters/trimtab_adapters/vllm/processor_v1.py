@@ -59,7 +59,8 @@ class SteeringProcessor(LogitsProcessor):
             params = SteeringParams.from_extra_args(sampling_params.extra_args)
         except InvalidRequestError as exc:
             raise ValueError(exc.message) from exc
-        if params is not None and params.active and sampling_params.logprobs is None:
+        has_logprobs = sampling_params.logprobs is not None or bool(sampling_params.logprob_token_ids)
+        if params is not None and params.active and not has_logprobs:
             raise ValueError(
                 "a steered request must ask for logprobs (0 is enough): they are how a failed row is reported"
             )

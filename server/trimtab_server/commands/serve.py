@@ -1,6 +1,5 @@
 """`trimtab serve`."""
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,8 +56,9 @@ def serve(
         "engine_args": engine_args,
     }
     settings = _settings({name: value for name, value in given.items() if value not in (None, [])})
-    status = importlib.import_module("trimtab_server.serve").run(settings)
-    raise typer.Exit(int(status or 0))
+    from trimtab_server.serve import run  # noqa: PLC0415 - loads the whole gateway
+
+    raise typer.Exit(run(settings))
 
 
 def _settings(given: dict[str, Any]) -> Any:

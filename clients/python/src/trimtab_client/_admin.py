@@ -1,0 +1,210 @@
+"""The admin API's resources of the blocking client."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, Unpack
+
+import httpx
+
+from trimtab_client import _admin_operations as operations
+from trimtab_client._base import connection_error, given
+from trimtab_client._caller import Caller
+from trimtab_client._download import Download
+from trimtab_client.admin_types import (
+    AdapterVersion,
+    Engine,
+    JobState,
+    Reward,
+    RewardScores,
+    RolloutPage,
+    RouteRevision,
+    TrainingJob,
+)
+from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter
+
+
+class Adapters:
+    """`/admin/adapters`: immutable versions of adapter LMs."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def add(
+        self,
+        *,
+        name: str,
+        path: str,
+        prefix_token_ids: Sequence[int] | None = None,
+        default_alpha: float | None = None,
+        route: str | None = None,
+        alpha: float | None = None,
+    ) -> AdapterVersion:
+        """Register a directory that the gateway can read.
+
+        Args:
+            name: Name of the adapter.
+            path: A version directory, or any causal-LM directory with safetensors weights.
+            prefix_token_ids: What the adapter sees before prompt and output.
+            default_alpha: Weight where a request names none.
+            route: Also activate it on this route.
+            alpha: Its weight there.
+        """
+        ids = None if prefix_token_ids is None else list(prefix_token_ids)
+        optional = given(prefix_token_ids=ids, default_alpha=default_alpha, route=route, alpha=alpha)
+        return self._caller.send(operations.add_adapter({"name": name, "path": path, **optional}))
+
+    def get(self, name: str) -> list[AdapterVersion]:
+        """All versions of one adapter."""
+        return self._caller.send(operations.get_adapter(name))
+
+    def activate(
+        self, *, route: str, adapter: str, version: str | None = None, alpha: float | None = None, comment: str = ""
+    ) -> RouteRevision:
+        """Put an adapter version, by default the newest, on a route. Requests in flight keep their version."""
+        operation = operations.activate(route, adapter, version=version, alpha=alpha, comment=comment)
+        return self._caller.send(operation)
+
+    def rollback(self, *, route: str, revision: int | None = None) -> RouteRevision:
+        """Take a route back to its previous revision, or to the one named."""
+        return self._caller.send(operations.rollback(route, revision=revision))
+
+    def retire(self, *, name: str, version: str) -> AdapterVersion:
+        """Refuse new requests for a version and free its memory when its last request ends."""
+        return self._caller.send(operations.retire_version(name, version))
+
+    def list(self) -> list[AdapterVersion]:
+        """All versions of all adapters."""
+        return self._caller.send(operations.list_adapters())
+
+
+class Routes:
+    """`/admin/routes`: public model names with their steering and defaults."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def get(self, route: str) -> RouteRevision:
+        """The current revision of one route."""
+        return self._caller.send(operations.get_route(route))
+
+    def put(
+        self,
+        route: str,
+        *,
+        adapters: Sequence[AdapterChoice],
+        best_of: int | None = None,
+        reward: str | None = None,
+        comment: str = "",
+    ) -> RouteRevision:
+        """Make a route, or give it a new revision. Without adapters it is the base under another name."""
+        return self._caller.send(operations.put_route(route, adapters, best_of=best_of, reward=reward, comment=comment))
+
+    def delete(self, route: str) -> None:
+        """Remove a route; its history stays."""
+        self._caller.send(operations.delete_route(route))
+
+    def history(self, route: str) -> list[RouteRevision]:
+        """All revisions of a route."""
+        return self._caller.send(operations.route_history(route))
+
+    def list(self) -> list[RouteRevision]:
+        """The current revision of each route."""
+        return self._caller.send(operations.list_routes())
+
+
+class Rollouts:
+    """`/admin/rollouts`: the log of all candidates."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def list(self, **where: Unpack[RolloutPageFilter]) -> RolloutPage:
+        """One page of logged candidates, oldest first."""
+        return self._caller.send(operations.list_rollouts(where))
+
+    def export(
+        self,
+        destination: str | PathLike[str],
+        *,
+        format: Literal["jsonl", "parquet"] = "jsonl",
+        **where: Unpack[RolloutFilter],
+    ) -> int:
+        """Write logged candidates to a file and return its size in bytes.
+
+        The file appears under its name only when it is complete.
+        """
+        response = self._caller.open(operations.export_rollouts(where, format=format))
+        try:
+            with Download(destination) as download:
+                for chunk in response.iter_bytes():
+                    download.write(chunk)
+        except httpx.HTTPError as exc:
+            raise connection_error(exc) from exc
+        finally:
+            response.close()
+        return download.size_bytes
+
+
+class TrainingJobs:
+    """`/admin/training-jobs`: what the trainer is asked to do."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def create(self, config: Mapping[str, Any], *, name: str = "") -> TrainingJob:
+        """Queue a job with this training configuration; the name is for people."""
+        return self._caller.send(operations.create_training_job(config, name=name))
+
+    def list(self, state: JobState | None = None) -> list[TrainingJob]:
+        """All jobs, or those in one state."""
+        return self._caller.send(operations.list_training_jobs(state))
+
+    def get(self, job: str) -> TrainingJob:
+        """One job with its progress."""
+        return self._caller.send(operations.get_training_job(job))
+
+    def cancel(self, job: str) -> TrainingJob:
+        """Ask a job to stop."""
+        return self._caller.send(operations.cancel_training_job(job))
+
+
+class Rewards:
+    """`/admin/rewards`: what candidates are judged by."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def list(self) -> list[Reward]:
+        """All registered rewards."""
+        return self._caller.send(operations.list_rewards())
+
+    def add(self, *, name: str, kind: str, target: str, options: Mapping[str, Any] | None = None) -> Reward:
+        """Register a reward, or replace the one of that name."""
+        return self._caller.send(operations.put_reward(name, kind=kind, target=target, options=options))
+
+    def score(self, name: str, inputs: Sequence[RewardInput]) -> RewardScores:
+        """Judge texts."""
+        return self._caller.send(operations.score(name, inputs))
+
+
+class Engines:
+    """`/admin/engines`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def list(self) -> list[Engine]:
+        """What each engine says of itself."""
+        return self._caller.send(operations.list_engines())
+
+
+class Admin:
+    """Everything under `/admin`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.adapters = Adapters(caller)
+        self.routes = Routes(caller)
+        self.rollouts = Rollouts(caller)
+        self.training_jobs = TrainingJobs(caller)
+        self.rewards = Rewards(caller)
+        self.engines = Engines(caller)

@@ -1,0 +1,62 @@
+"""The public API's resources of the blocking client."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from trimtab_client import _operations as operations
+from trimtab_client._caller import Caller
+from trimtab_client._stream import Stream
+from trimtab_client.types import ChatCompletion, ChatParams, Completion, CompletionParams, Message, Model, Prompt
+
+
+class Completions:
+    """`/v1/completions`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def create(self, *, model: str, prompt: Prompt, **params: Unpack[CompletionParams]) -> Completion:
+        """Complete a prompt and wait for the whole answer.
+
+        Args:
+            model: The base model or a route.
+            prompt: Text, token ids, or a list of either.
+            **params: Optional fields of the request.
+        """
+        return self._caller.send(operations.create_completion(model, prompt, params, stream=False))
+
+    def stream(self, *, model: str, prompt: Prompt, **params: Unpack[CompletionParams]) -> Stream[Completion]:
+        """Complete a prompt piece by piece; the last chunk carries `usage` and no choice."""
+        return Stream(self._caller, operations.create_completion(model, prompt, params, stream=True))
+
+
+class Chat:
+    """`/v1/chat/completions`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def create(self, *, model: str, messages: Sequence[Message], **params: Unpack[ChatParams]) -> ChatCompletion:
+        """Answer a conversation and wait for the whole answer. The model needs a chat template."""
+        return self._caller.send(operations.create_chat(model, messages, params, stream=False))
+
+    def stream(
+        self, *, model: str, messages: Sequence[Message], **params: Unpack[ChatParams]
+    ) -> Stream[ChatCompletion]:
+        """Answer a conversation piece by piece; the last chunk carries `usage` and no choice."""
+        return Stream(self._caller, operations.create_chat(model, messages, params, stream=True))
+
+
+class Models:
+    """`/v1/models`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def list(self) -> list[Model]:
+        """The base model and all routes."""
+        return self._caller.send(operations.list_models())
+
+    def get(self, model: str) -> Model:
+        """One of them."""
+        return self._caller.send(operations.get_model(model))

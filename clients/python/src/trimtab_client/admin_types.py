@@ -1,0 +1,105 @@
+"""What the admin API answers. Times are Unix seconds; sizes are bytes."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """A registered adapter version. `version` is the hash of its content; `path` its directory in the store."""
+
+    name: str
+    version: str
+    path: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    created_at: float = 0.0
+    retired_at: float | None = None
+    routes: list[str] = field(default_factory=list)
+    """Routes that use it now."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeight:
+    """One term of a steering: an exact version and its weight."""
+
+    name: str
+    version: str
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRevision:
+    """One state of a route: a public model name with its steering and defaults."""
+
+    route: str
+    revision: int
+    steering: list[AdapterWeight] = field(default_factory=list)
+    best_of: int | None = None
+    reward: str | None = None
+    created_at: float = 0.0
+    comment: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPage:
+    """Logged candidates, oldest first, and where the next page begins."""
+
+    data: list[dict[str, Any]]
+    has_more: bool = False
+    next_cursor: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """A training job, from its posting to its end. `version` is the adapter version that it published."""
+
+    id: str
+    state: JobState
+    config: dict[str, Any] = field(default_factory=dict)
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    worker: str | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    version: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    name: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A registered reward."""
+
+    name: str
+    kind: str = ""
+    target: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    version: str | None = None
+    """Changes whenever scores could change; known once the reward is built."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardScores:
+    """Raw rewards, one per input and in its order, and the reward that gave them."""
+
+    rewards: list[float]
+    name: str = ""
+    version: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine behind the gateway, with what it says of itself: versions held, cache, failed rows."""
+
+    name: str
+    is_available: bool = False
+    status: dict[str, Any] | None = None
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,258 @@
+"""What the gateway answers, as frozen dataclasses, and what requests may carry, as typed dictionaries.
+
+Fields that a newer gateway adds are kept in `extra`, where a type has it, and otherwise ignored, so an older client
+goes on working. Log-probabilities are natural logarithms of the steered distribution before temperature.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Required, TypedDict
+
+# What requests carry.
+
+
+class AdapterChoice(TypedDict, total=False):
+    """One adapter of a steering. Without `version` the newest, without `alpha` the version's default."""
+
+    name: Required[str]
+    version: str | None
+    alpha: float | None
+
+
+class Steering(TypedDict):
+    """The `steering` field of a request: which adapters steer it, each with its weight."""
+
+    adapters: list[AdapterChoice]
+
+
+class SamplingParams(TypedDict, total=False):
+    """What completions and chat completions share; OpenAI's fields first, then the engine's, then Trimtab's.
+
+    What is not given is not sent, so that the gateway's defaults hold.
+    """
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    n: int | None
+    stop: str | list[str] | None
+    seed: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: dict[str, float] | None
+    user: str | None
+
+    top_k: int | None
+    min_p: float | None
+    min_tokens: int | None
+    repetition_penalty: float | None
+    ignore_eos: bool | None
+    stop_token_ids: list[int] | None
+    skip_special_tokens: bool | None
+    include_stop_str_in_output: bool | None
+    allowed_token_ids: list[int] | None
+    return_token_ids: bool | None
+
+    structured_outputs: dict[str, Any] | None
+    bad_words: list[str] | None
+
+    steering: Steering | None
+    steering_logprobs: bool | None
+    best_of: int | None
+    reward: str | None
+    calibration: dict[str, Any] | None
+
+    extra_body: dict[str, Any] | None
+    """Further fields of the body, sent as they are; they win over the others."""
+
+
+class CompletionParams(SamplingParams, total=False):
+    """Optional fields of a completion."""
+
+    echo: bool | None
+    logprobs: int | None
+    suffix: str | None
+
+
+class ChatParams(SamplingParams, total=False):
+    """Optional fields of a chat completion."""
+
+    max_completion_tokens: int | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    response_format: dict[str, Any] | None
+    tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""Text, several texts, token ids, or several lists of token ids."""
+
+Message = Mapping[str, Any]
+"""A chat message: `role`, `content` and what else OpenAI allows."""
+
+
+class RolloutFilter(TypedDict, total=False):
+    """Which rollouts; what is not given does not restrict."""
+
+    route: str
+    adapter: str
+    version: str
+    endpoint: Literal["completions", "chat.completions", "reference", "training"]
+    since: float
+    until: float
+    chosen_only: bool
+    limit: int
+
+
+class RolloutPageFilter(RolloutFilter, total=False):
+    """Which page of them: `cursor` is the `next_cursor` of the page before."""
+
+    cursor: str
+
+
+class RewardInput(TypedDict):
+    """One text to judge, with the prompt that it answers."""
+
+    prompt: str
+    output: str
+
+
+# What the gateway answers.
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request; completion tokens count every candidate, chosen or not."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardValue:
+    """A reward and where it stands.
+
+    `calibrated` is the probability that the reference policy's own sample for this prompt scores lower, estimated from
+    `calibration_size` samples with the standard error `calibration_error`.
+    """
+
+    name: str
+    version: str
+    raw: float
+    calibrated: float | None = None
+    calibration_size: int | None = None
+    calibration_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Why this candidate was chosen: its place among `num_candidates`, by reward or else by mean log-probability."""
+
+    rank: int | None = None
+    num_candidates: int | None = None
+    mean_logprob: float | None = None
+    reward: RewardValue | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """One term of the steering of an answer: the exact version and its weight."""
+
+    name: str
+    version: str
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedSteering:
+    """What steered an answer."""
+
+    adapters: list[AppliedAdapter] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionLogprobs:
+    """OpenAI's log-probabilities of a completion: one entry per token in each list."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] | None = None
+    text_offset: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
+    """One choice, or in a stream the next piece of it."""
+
+    index: int
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: CompletionLogprobs | None = None
+    selection: Selection | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Answer of `POST /v1/completions`, or one chunk of its stream."""
+
+    id: str
+    model: str
+    choices: list[CompletionChoice]
+    created: int = 0
+    object: str = "text_completion"
+    usage: Usage | None = None
+    steering: AppliedSteering | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """A message of the model, or in a stream the next piece of it."""
+
+    role: str | None = None
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChoice:
+    """One choice of a chat completion: `message` when whole, `delta` in a stream."""
+
+    index: int
+    message: ChatMessage = field(default_factory=ChatMessage)
+    delta: ChatMessage = field(default_factory=ChatMessage)
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+    selection: Selection | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletion:
+    """Answer of `POST /v1/chat/completions`, or one chunk of its stream."""
+
+    id: str
+    model: str
+    choices: list[ChatChoice]
+    created: int = 0
+    object: str = "chat.completion"
+    usage: Usage | None = None
+    steering: AppliedSteering | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A name that a request's `model` may carry: the base model or a route."""
+
+    id: str
+    created: int = 0
+    owned_by: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
