@@ -58,6 +58,8 @@ def run(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     if settings.model is None and not settings.engine_urls:
         raise InvalidRequestError("there is nothing to serve: name a base model (--model) or an engine (--engine-url)")
+    if len(settings.engine_urls) > 1:
+        raise InvalidRequestError("one gateway serves one engine; start a gateway for each engine")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     # Taken before anything is started, so that a port in use is an error at once.
     listener = _listen(settings.host, settings.port)

@@ -88,8 +88,6 @@ class Settings(BaseSettings):
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"{url!r} is not an http:// or https:// address")
-        if len(urls) > 1:
-            raise ValueError("one gateway serves one engine; start a gateway for each")
         return tuple(url.rstrip("/") for url in urls)
 
     @field_validator("engine_args", mode="before")
