@@ -15,7 +15,7 @@ def serve(
         list[str] | None, typer.Option(help="NAME=DIRECTORY, registered at start; may be repeated.")
     ] = None,
     engine_url: Annotated[
-        list[str] | None, typer.Option(help="Engine that runs elsewhere; may be repeated. None starts one here.")
+        list[str] | None, typer.Option(help="Engine that runs elsewhere (one). Without it an engine is started here.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 by default, 0 takes a free one.")] = None,

@@ -127,7 +127,7 @@ async def test_callers_at_the_same_time_share_a_flush_and_are_told_after_it(
     def slow(payloads: Sequence[bytes], *, sync: bool) -> None:
         groups.append((len(payloads), sync))
         loop.call_soon_threadsafe(entered.set)
-        gate.wait()
+        gate.wait(timeout=30)
         append(payloads, sync=sync)
 
     monkeypatch.setattr(log._spool, "append", slow)
@@ -191,7 +191,7 @@ async def test_async_makes_callers_wait_when_too_much_waits(
     gate, append = threading.Event(), log._spool.append
 
     def slow(payloads: Sequence[bytes], *, sync: bool) -> None:
-        gate.wait()
+        gate.wait(timeout=30)
         append(payloads, sync=sync)
 
     monkeypatch.setattr(log._spool, "append", slow)
