@@ -1,0 +1,125 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_training.config import GatewayConfig, LoggedConfig, PromptFile, TrainConfig, load_config, parse_config
+
+MINIMAL: dict[str, Any] = {
+    "output_dir": "out",
+    "models": {"base_model": "base", "adapter": "adapter"},
+    "reward": {"name": "r"},
+    "prompts": {"type": "log"},
+    "publish": {"name": "a"},
+    "gateway": {"url": "http://127.0.0.1:1"},
+    "fresh": {"model": "base"},
+}
+
+TOML = """
+output_dir = "out"
+[models]
+base_model = "base"
+adapter = "adapter"
+[reward]
+name = "r"
+[prompts]
+type = "log"
+[publish]
+name = "a"
+[gateway]
+url = "http://127.0.0.1:1"
+[fresh]
+model = "base"
+"""
+
+
+def changed(**sections: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(MINIMAL))
+    for key, value in sections.items():
+        data[key] = {**data.get(key, {}), **value} if isinstance(value, dict) else value
+    return data
+
+
+def test_defaults_are_quarks() -> None:
+    config = parse_config(MINIMAL)
+    assert (config.quark.num_bins, config.quark.kl_coef, config.quark.entropy_coef) == (5, 0.05, 0.06)
+    assert config.models.alpha == 1.0
+    assert config.logged == LoggedConfig()
+
+
+def test_toml_and_json_give_the_same_tree(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(TOML)
+    (tmp_path / "c.json").write_text(json.dumps(MINIMAL))
+    assert load_config(tmp_path / "c.toml") == load_config(tmp_path / "c.json") == parse_config(MINIMAL)
+
+
+def test_a_dumped_configuration_reads_back_as_itself() -> None:
+    config = parse_config(changed(sampling={"stop": ["."], "stop_token_ids": [3]}))
+    assert parse_config(config.model_dump(mode="json")) == config
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(TOML)
+    config = load_config(
+        tmp_path / "c.toml", ["steps=7", "optimiser.lr=1e-3", "reward.name=kind ness", 'sampling.stop=["x"]']
+    )
+    assert (config.steps, config.optimiser.lr, config.reward.name) == (7, 1e-3, "kind ness")
+    assert config.sampling.stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quark": {"num_bin": 3}}, "quark.num_bin"),
+        ({"setps": 3}, "setps"),
+        ({"models": {"alpha": 0.0}}, "models"),
+        ({"models": {"alpha": float("nan")}}, "models.alpha"),
+        ({"models": {"alpha": 101}}, "models.alpha"),
+        ({"steps": 0}, "steps"),
+        ({"sampling": {"top_p": 0}}, "sampling.top_p"),
+        ({"prompts": {"type": "database"}}, "prompts"),
+        ({"publish": {"name": "with space"}}, "publish.name"),
+        ({"fresh": {"model": None}}, "fresh.model"),
+        ({"fresh": {"source": "local"}, "sampling": {"stop": ["."]}}, "sampling.stop"),
+        ({"logged": {"enabled": False}}, "prompts.type"),
+        ({"prompts": {"type": "file", "path": "p"}, "logged": {"enabled": False}, "fresh": {"interval": 0}}, "learn"),
+        ({"publish": {"route": "r"}, "evaluation": {"share": 0}}, "require_improvement"),
+        ({"gateway": None}, "[gateway]"),
+    ],
+)
+def test_a_bad_value_is_refused_and_named(change: dict[str, Any], named: str) -> None:
+    data = changed(**change)
+    if change.get("prompts", {}).get("type") == "database":
+        data["prompts"] = change["prompts"]
+    with pytest.raises(InvalidRequestError) as error:
+        parse_config(data)
+    assert named in error.value.message
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "steps.x=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    (tmp_path / "c.toml").write_text("steps = 3\n" + TOML)
+    with pytest.raises(InvalidRequestError, match="--set"):
+        load_config(tmp_path / "c.toml", [override])
+
+
+def test_a_missing_or_malformed_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="cannot be read"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("steps = ")
+    with pytest.raises(InvalidRequestError, match="malformed"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_every_field_has_a_sentence() -> None:
+    waiting: list[type[BaseModel]] = [TrainConfig, GatewayConfig, PromptFile]
+    while waiting:
+        section = waiting.pop()
+        for name, field in section.model_fields.items():
+            assert name == "type" or (field.description or "").endswith("."), f"{section.__name__}.{name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                waiting.append(field.annotation)

@@ -1,0 +1,99 @@
+from typing import Any
+
+import pytest
+
+from trimtab_adapters.contract.errors import WeightsError
+from trimtab_training.config import OptimiserConfig
+from trimtab_training.data_pool import DataPool, PoolItem
+from trimtab_training.learner import Learner, learning_rate
+from trimtab_training.models import Vocabulary
+from trimtab_training.wiring import build_learner
+
+ITEM = PoolItem((1, 2), (3, 4, 5), 1.0)
+
+
+def learner(make_config: Any, vocabulary: Vocabulary, **optimiser: Any) -> Learner:
+    built, _ = build_learner(make_config(optimiser={"batch_size": 2, **optimiser}), vocabulary, None)
+    built.pool.add([ITEM])
+    return built
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_at_the_end() -> None:
+    # warm-up 4: 1/4 2/4 3/4 4/4 of the peak; then (10 - step) / 6 of it
+    config = OptimiserConfig(lr=12.0, warmup_steps=4)
+    rates = [learning_rate(config, step, 10) for step in range(10)]
+    assert rates == pytest.approx([3, 6, 9, 12, 12, 10, 8, 6, 4, 2])
+    flat = OptimiserConfig(lr=12.0, warmup_steps=2, decay="none")
+    assert [learning_rate(flat, step, 4) for step in range(4)] == [6, 12, 12, 12]
+
+
+def test_accumulated_batches_count_as_their_mean(make_config: Any, vocabulary: Vocabulary) -> None:
+    once = learner(make_config, vocabulary).train_step()
+    thrice = learner(make_config, vocabulary, grad_accumulation=3).train_step()
+    assert thrice.grad_norm == pytest.approx(once.grad_norm, rel=1e-5)
+    assert (thrice.loss, thrice.kl) == pytest.approx((once.loss, once.kl), rel=1e-5)
+    assert (once.num_tokens, thrice.num_tokens) == (6, 18)
+
+
+def test_a_limit_on_the_gradient_is_applied_and_the_true_norm_reported(
+    make_config: Any, vocabulary: Vocabulary
+) -> None:
+    limited = learner(make_config, vocabulary, max_grad_norm=1e-3)
+    metrics = limited.train_step()
+    assert metrics.grad_norm > 1e-2
+    gradients = [parameter.grad for parameter in limited.policy.adapter.parameters() if parameter.grad is not None]
+    assert sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_only_the_adapter_is_trained(make_config: Any, vocabulary: Vocabulary) -> None:
+    trained = learner(make_config, vocabulary)
+    base = {name: tensor.clone() for name, tensor in trained.policy.base.state_dict().items()}
+    adapter = {name: tensor.clone() for name, tensor in trained.policy.adapter.state_dict().items()}
+    trained.train_step()
+    assert all(bool((tensor == base[name]).all()) for name, tensor in trained.policy.base.state_dict().items())
+    assert any(bool((tensor != adapter[name]).any()) for name, tensor in trained.policy.adapter.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in trained.policy.base.parameters())
+
+
+def test_each_quantile_is_trained_under_its_own_control_token(make_config: Any, vocabulary: Vocabulary) -> None:
+    config = make_config(quark={"num_bins": 2}, optimiser={"batch_size": 1})
+    built, _ = build_learner(config, vocabulary, None)
+    good, bad = PoolItem((1,), (9,), 1.0), PoolItem((2,), (10,), 0.0)
+    built.pool.add([good, bad])
+    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    forward = built.policy.forward
+
+    def watch(prompts: Any, outputs: Any, prefixes: Any) -> Any:
+        seen.extend((tuple(output), tuple(prefix)) for output, prefix in zip(outputs, prefixes, strict=True))
+        return forward(prompts, outputs, prefixes)
+
+    built.policy.forward = watch  # type: ignore[method-assign, assignment]
+    built.train_step()
+    built.train_step()
+    assert sorted(seen) == [((9,), (64,)), ((10,), (65,))]
+    assert built.best_prefix == (64,)
+
+
+def test_a_step_that_diverges_is_not_taken(make_config: Any, vocabulary: Vocabulary) -> None:
+    built = learner(make_config, vocabulary)
+    built.policy.alpha = float("inf")
+    before = {name: tensor.clone() for name, tensor in built.policy.adapter.state_dict().items()}
+    with pytest.raises(WeightsError, match="step 0"):
+        built.train_step()
+    assert built.step == 0
+    assert all(bool((tensor == before[name]).all()) for name, tensor in built.policy.adapter.state_dict().items())
+
+
+def test_a_pool_of_other_quantiles_is_refused(make_config: Any, vocabulary: Vocabulary) -> None:
+    built = learner(make_config, vocabulary)
+    config = make_config()
+    with pytest.raises(ValueError, match="2 control tokens for 5"):
+        Learner(
+            built.policy,
+            DataPool(5, seed=0),
+            control_token_ids=(64, 65),
+            fixed_prefix=(),
+            quark=config.quark,
+            optimiser=config.optimiser,
+            num_steps=1,
+        )

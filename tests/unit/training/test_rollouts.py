@@ -1,0 +1,183 @@
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trimtab_adapters.contract.errors import EngineError, InvalidRequestError
+from trimtab_adapters.contract.records import RewardValue, Rollout
+from trimtab_training.config import LoggedConfig, SamplingConfig
+from trimtab_training.gateway import ScoreReply
+from trimtab_training.models import Vocabulary
+from trimtab_training.policy import TailoredPolicy
+from trimtab_training.prompts import Prompt, prompts_of
+from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, read_logged, score_logged
+
+PROMPTS = [Prompt("t1 t2"), Prompt("t3", (3,))]
+
+
+def rollout(index: int, output: tuple[int, ...] = (7, 8), **fields: Any) -> Rollout:
+    return Rollout.model_validate(
+        {
+            "id": f"r{index}",
+            "request_id": "q",
+            "created_at": 0.0,
+            "duration_s": 0.0,
+            "route": "r",
+            "base_model": "b",
+            "endpoint": "completions",
+            "prompt": "t1",
+            "prompt_token_ids": [1],
+            "output_text": " ".join(f"t{token}" for token in output),
+            "output_token_ids": list(output),
+            "steering": [],
+            "finish_reason": "stop",
+            **fields,
+        }
+    )
+
+
+def source(client: Any, sampling: SamplingConfig) -> tuple[GatewaySource, list[str]]:
+    life: list[str] = []
+
+    @contextmanager
+    def current() -> Iterator[NamedVersion]:
+        life.append("published")
+        yield NamedVersion("a", "0" * 16, -0.5)
+        life.append("retired")
+
+    def version() -> AbstractContextManager[NamedVersion]:
+        return current()
+
+    return GatewaySource(client, model="m", sampling=sampling, current_version=version), life
+
+
+def test_steered_requests_name_the_current_version_and_fair_sampling(gateway: Any) -> None:
+    gateway.versions["0" * 16] = None
+    sampling = SamplingConfig(max_tokens=9, temperature=0.7, top_p=0.8, stop=(".",), stop_token_ids=(5,))
+    with gateway.client() as client:
+        drawn, life = source(client, sampling)
+        groups = drawn.draw(PROMPTS, num_per_prompt=3, seed=100, steered=True)
+    bodies = sorted(gateway.bodies("/v1/completions"), key=lambda body: body["seed"])
+    assert [body["prompt"] for body in bodies] == ["t1 t2", [3]]
+    assert [body["seed"] for body in bodies] == [100, 103]  # candidate i gets seed + i: no two alike
+    wanted = {"model": "m", "n": 3, "best_of": 3, "max_tokens": 9, "temperature": 0.7, "top_p": 0.8, "stop": ["."]}
+    for body in bodies:
+        assert {key: body[key] for key in wanted} == wanted
+        assert body["stop_token_ids"] == [5]
+        assert body["steering"] == {"adapters": [{"name": "a", "version": "0" * 16, "alpha": -0.5}]}
+        assert "metadata" not in body
+    assert life == ["published", "retired"]
+    assert [[sample.prompt_token_ids for sample in group] for group in groups] == [[(1, 2)] * 3, [(3,)] * 3]
+    assert all(sample.output.split() == [f"t{t}" for t in sample.output_token_ids] for g in groups for sample in g)
+
+
+def test_unsteered_requests_override_the_routes_steering_with_none(gateway: Any) -> None:
+    with gateway.client() as client:
+        drawn, life = source(client, SamplingConfig())
+        drawn.draw(PROMPTS, num_per_prompt=1, seed=0, steered=False)
+    assert [body["steering"] for body in gateway.bodies("/v1/completions")] == [{"adapters": []}] * 2
+    assert life == []
+
+
+def test_a_rollout_that_was_broken_off_is_an_error(gateway: Any) -> None:
+    choice = {"index": 0, "text": "a", "token_ids": [1], "prompt_token_ids": [1], "finish_reason": "abort"}
+    gateway.answers = [httpx.Response(200, json={"choices": [choice]})]
+    with gateway.client() as client, pytest.raises(EngineError, match="abort"):
+        source(client, SamplingConfig())[0].draw(PROMPTS[:1], num_per_prompt=1, seed=0, steered=False)
+
+
+@pytest.fixture
+def local(model_dirs: dict[str, Path], vocabulary: Vocabulary) -> LocalSource:
+    base, adapter = (
+        AutoModelForCausalLM.from_pretrained(model_dirs[name], dtype=torch.float32) for name in ("base", "adapter")
+    )
+    return LocalSource(
+        TailoredPolicy(base, adapter, alpha=1.0, num_known=64),
+        adapter_prefix=(5,),
+        vocabulary=vocabulary,
+        sampling=SamplingConfig(max_tokens=4, stop_token_ids=(9,)),
+        end_token_ids=frozenset({0}),
+        batch_size=4,
+    )
+
+
+def test_local_draws_belong_to_their_prompts_whatever_their_length(local: LocalSource) -> None:
+    prompts = [Prompt("t1 t2 t3 t4"), Prompt("t5"), Prompt("t6 t7")]
+    done: list[int] = []
+    groups = local.draw(prompts, num_per_prompt=3, seed=0, steered=True, on_done=lambda: done.append(1))
+    assert [[sample.prompt for sample in group] for group in groups] == [[p.text] * 3 for p in prompts]
+    assert groups[0][0].prompt_token_ids == (1, 2, 3, 4)
+    assert len(done) == 3
+    assert groups == local.draw(prompts, num_per_prompt=3, seed=0, steered=True)
+    assert groups != local.draw(prompts, num_per_prompt=3, seed=0, steered=False)
+
+
+def test_a_prompt_without_tokens_is_refused(local: LocalSource) -> None:
+    with pytest.raises(InvalidRequestError, match="no tokens"):
+        local.draw([Prompt(" ")], num_per_prompt=1, seed=0, steered=False)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(local: LocalSource) -> None:
+    """128 positions: 1 prefix token, 4 new ones, so 123 for the prompt."""
+    longest = Prompt("", tuple([3] * 123))
+    assert len(local.draw([longest], num_per_prompt=1, seed=0, steered=True)[0]) == 1
+    with pytest.raises(InvalidRequestError, match="129 places, the models have 128"):
+        local.draw([Prompt("", tuple([3] * 124))], num_per_prompt=1, seed=0, steered=True)
+
+
+def test_the_log_is_filtered_and_broken_rollouts_are_left_out(gateway: Any) -> None:
+    kept = [rollout(0), rollout(1, finish_reason="length")]
+    broken = [rollout(2, finish_reason=None), rollout(3, ()), rollout(4, finish_reason="abort")]
+    gateway.rollouts = [entry.model_dump_json() for entry in (*kept, *broken)]
+    with gateway.client() as client:
+        assert read_logged(client, LoggedConfig(route="r", since=2.5, limit=9)) == kept
+    assert gateway.bodies("/admin/rollouts/export") == [{"format": "jsonl", "route": "r", "since": "2.5", "limit": "9"}]
+
+
+def test_prompts_of_the_log_are_distinct_and_decoded_where_ids_were_sent(vocabulary: Vocabulary) -> None:
+    rollouts = [rollout(0), rollout(1), rollout(2, prompt=None, prompt_token_ids=[4, 5])]
+    assert prompts_of(rollouts, vocabulary) == [Prompt("t1", (1,)), Prompt("t4 t5", (4, 5))]
+
+
+class CountingScorer:
+    """Version 2; rewards are the number of the output's words. Remembers what it was asked."""
+
+    name = "lucky"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def score(self, inputs: Any) -> Any:
+        self.asked += [item.output for item in inputs]
+        return ScoreReply(rewards=[float(len(item.output.split())) for item in inputs], version="2")
+
+
+def value(version: str, raw: float, name: str = "lucky") -> RewardValue:
+    return RewardValue(name=name, version=version, raw=raw)
+
+
+def test_only_rewards_of_the_current_version_are_taken_from_the_log(vocabulary: Vocabulary) -> None:
+    rollouts = [
+        rollout(0, (1,), rewards=[value("2", 50.0)]),
+        rollout(1, (1, 2), rewards=[value("1", 60.0)]),
+        rollout(2, (1, 2, 3), rewards=[value("2", 70.0, name="other")]),
+        rollout(3, (1, 2, 3, 4)),
+    ]
+    scorer = CountingScorer()
+    pairs = score_logged(rollouts, scorer, vocabulary)
+    assert [reward for _, reward in pairs] == [50.0, 2.0, 3.0, 4.0]
+    assert "t1" not in scorer.asked
+    assert [sample.output_token_ids for sample, _ in pairs][1] == (1, 2)
+
+
+def test_a_fully_scored_log_needs_one_score_to_know_the_version(vocabulary: Vocabulary) -> None:
+    scorer = CountingScorer()
+    pairs = score_logged([rollout(i, (1,), rewards=[value("2", 5.0)]) for i in range(9)], scorer, vocabulary)
+    assert [reward for _, reward in pairs] == [5.0] * 9
+    assert scorer.asked == ["t1"]
+    assert score_logged([], scorer, vocabulary) == []

@@ -1,0 +1,208 @@
+"""Checkpoints from which a run goes on bit for bit: adapter, optimiser, random state, pool and counters.
+
+A checkpoint is a directory `step-00000500`: `adapter/` (an ordinary model directory), `optimiser.pt`, `pool.npz` and
+`state.json`. It is written under a temporary name, flushed and renamed, so a crash never leaves half of one.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from trimtab_adapters.contract.errors import ConflictError, IntegrityError, StorageError
+from trimtab_training.config import TrainConfig
+from trimtab_training.data_pool import DataPool
+from trimtab_training.durable_files import sync_directory, sync_tree
+from trimtab_training.learner import Learner
+from trimtab_training.models import Vocabulary, save_causal_lm
+
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_MAY_CHANGE = (
+    "output_dir",
+    "gateway",
+    "checkpoint",
+    "evaluation.max_prompts",
+    "evaluation.num_per_prompt",
+    "evaluation.num_resamples",
+    "publish",
+    "log_every",
+    "num_threads",
+    "models.device",
+)
+"""Settings, by the beginning of their name, that do not change what is learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a run must remember besides the learner.
+
+    Attributes:
+        next_round: Number of the next round of fresh rollouts; round n belongs to step n * interval.
+        reward_version: Version of the reward behind the pool; None before the first score.
+        parent: Adapter version that the run started from, if any.
+    """
+
+    next_round: int
+    reward_version: str | None
+    parent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk and its small part; `restore_learner` reads the rest."""
+
+    path: Path
+    step: int
+    run: RunState
+    control_token_ids: tuple[int, ...]
+    fixed_prefix: tuple[int, ...]
+
+    @property
+    def adapter_path(self) -> Path:
+        """The adapter LM's model directory."""
+        return self.path / "adapter"
+
+
+def save_checkpoint(
+    directory: Path, learner: Learner, run: RunState, *, config: TrainConfig, vocabulary: Vocabulary, keep: int
+) -> Path:
+    """Write a checkpoint of the learner as it is now and delete all but the newest `keep`.
+
+    Raises:
+        WeightsError: A weight is NaN or infinite; the older checkpoints stay.
+        StorageError: The disk refused.
+    """
+    target = directory / f"step-{learner.step:08d}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory))
+        try:
+            _write(temporary, learner, run, config, vocabulary)
+            sync_tree(temporary)
+            if target.exists():  # the same step again, after a resume: the content is the same
+                shutil.rmtree(target)
+            temporary.rename(target)
+            sync_directory(directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in _directories(directory)[:-keep]:
+            shutil.rmtree(old)
+    except OSError as exc:
+        raise StorageError(f"the checkpoint {target} cannot be written: {exc}") from exc
+    return target
+
+
+def _write(path: Path, learner: Learner, run: RunState, config: TrainConfig, vocabulary: Vocabulary) -> None:
+    save_causal_lm(learner.policy.adapter, path / "adapter", vocabulary.path)
+    random_state = {"cpu": torch.get_rng_state()}
+    if learner.policy.device.type == "cuda":
+        random_state["cuda"] = torch.cuda.get_rng_state(learner.policy.device)
+    torch.save({"optimiser": learner.state(), "random": random_state}, path / "optimiser.pt")
+    np.savez(path / "pool.npz", allow_pickle=False, **learner.pool.arrays())
+    state = {
+        "schema_version": SCHEMA_VERSION,
+        "step": learner.step,
+        "next_round": run.next_round,
+        "reward_version": run.reward_version,
+        "parent": run.parent,
+        "control_token_ids": learner.control_token_ids,
+        "fixed_prefix": learner.best_prefix[1:],
+        "pool_rng": learner.pool.rng_state(),
+        "config": config.model_dump(mode="json"),
+    }
+    (path / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint in a directory, if there is one."""
+    found = _directories(directory)
+    return found[-1] if found else None
+
+
+def open_checkpoint(path: Path, config: TrainConfig) -> Checkpoint:
+    """Read a checkpoint's state and make sure that it belongs to this run.
+
+    Raises:
+        IntegrityError: It cannot be read.
+        ConflictError: It was written under another configuration, where that changes what is learned.
+    """
+    state = _read_state(path)
+    before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed := [key for key in changed if not key.startswith(_MAY_CHANGE)]:
+        raise ConflictError(
+            f"{path} was written with another configuration ({', '.join(changed)}); restore it or use a new output_dir"
+        )
+    return Checkpoint(
+        path=path,
+        step=int(state["step"]),
+        run=RunState(int(state["next_round"]), state["reward_version"], state["parent"]),
+        control_token_ids=tuple(state["control_token_ids"]),
+        fixed_prefix=tuple(state["fixed_prefix"]),
+    )
+
+
+def restore_pool(checkpoint: Checkpoint, num_bins: int) -> DataPool:
+    """The pool as it was.
+
+    Raises:
+        IntegrityError: It cannot be read.
+    """
+    try:
+        with (checkpoint.path / "pool.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return DataPool.restore(num_bins, dict(arrays), _read_state(checkpoint.path)["pool_rng"])
+    except (OSError, ValueError, KeyError, BadZipFile) as exc:
+        raise IntegrityError(f"the pool of {checkpoint.path} cannot be read: {exc}") from exc
+
+
+def restore_learner(checkpoint: Checkpoint, learner: Learner) -> None:
+    """Put optimiser, step and torch's random state back; adapter and pool must already be the checkpoint's.
+
+    Raises:
+        IntegrityError: They cannot be read.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(
+            checkpoint.path / "optimiser.pt", map_location=learner.policy.device, weights_only=True
+        )
+        learner.load_state(saved["optimiser"], checkpoint.step)
+        torch.set_rng_state(saved["random"]["cpu"].cpu())
+        if "cuda" in saved["random"] and learner.policy.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random"]["cuda"].cpu(), learner.policy.device)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError) as exc:
+        raise IntegrityError(f"the optimiser of {checkpoint.path} cannot be read: {exc}") from exc
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        version = state["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise IntegrityError(f"{path} is not a readable checkpoint: {exc}") from exc
+    if version != SCHEMA_VERSION:
+        raise IntegrityError(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}")
+    return state
+
+
+def _directories(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:]))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,0 +1,190 @@
+"""The commands `trimtab train`, `trimtab trainer` and `trimtab demo`. Heavy imports come after argument parsing."""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trimtab_adapters.contract.errors import TrimtabError
+from trimtab_training.config import TrainConfig, load_config
+from trimtab_training.gateway import GatewayClient
+from trimtab_training.interruption import Interruption, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from trimtab_training.recipes.train import Report, TrainResult
+
+_INTERRUPTED = 130
+"""Exit status after a stop by signal, as shells give it."""
+
+
+def train(argv: list[str]) -> int:
+    """Train one adapter as a configuration file says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="trimtab train", description="Train an adapter LM and publish a version.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML or JSON configuration")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    arguments = _parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    _set_up_logging()
+    interruption = Interruption()
+    with _signals(lambda: interruption.request("released")):
+        try:
+            config = load_config(arguments.config, arguments.overrides)
+            result = _run_recipe(config, interruption, resume=arguments.resume)
+        except TrimtabError as exc:
+            _complain(f"trimtab train: {exc.message}")
+            return 1
+        except TrainingInterrupted:
+            _complain("trimtab train: stopped; go on with --resume")
+            return _INTERRUPTED
+    _print_result(result)
+    return 0
+
+
+def trainer(argv: list[str]) -> int:
+    """Run the training jobs of a gateway; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="trimtab trainer", description="Claim training jobs and run them.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway (default: %(default)s)")
+    parser.add_argument("--admin-key", default=None, help="key of the admin API (default: TRIMTAB_ADMIN_KEY)")
+    parser.add_argument("--worker", default=None, help="name of this worker (default: host name and process id)")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where jobs keep checkpoints and versions")
+    parser.add_argument("--once", action="store_true", help="run one waiting job, or none, and exit")
+    arguments = _parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    _set_up_logging()
+    return _run_worker(arguments)
+
+
+def demo(argv: list[str]) -> int:
+    """Run the demonstration; returns its exit status."""
+    from trimtab_training.demo.run import main
+
+    return main(argv)
+
+
+def _run_worker(arguments: argparse.Namespace) -> int:
+    from trimtab_training.worker import Worker
+
+    admin_key = arguments.admin_key or os.environ.get("TRIMTAB_ADMIN_KEY")
+
+    def recipe(config: TrainConfig, interruption: Interruption, report: "Report") -> "TrainResult":
+        return _run_recipe(config, interruption, resume=True, report=report, admin_key=admin_key)
+
+    with GatewayClient(arguments.url, admin_key=admin_key, timeout_s=30.0, retry_for_s=60.0) as gateway:
+        worker = Worker(
+            gateway,
+            name=arguments.worker or f"{socket.gethostname()}-{os.getpid()}",
+            url=arguments.url,
+            output_dir=arguments.output_dir.resolve(),
+            recipe=recipe,
+        )
+        with _signals(worker.stop):
+            try:
+                worker.run(once=arguments.once)
+            except TrimtabError as exc:
+                _complain(f"trimtab trainer: {exc.message}")
+                return 1
+    return 0
+
+
+def _run_recipe(
+    config: TrainConfig,
+    interruption: Interruption,
+    *,
+    resume: bool,
+    report: "Report | None" = None,
+    admin_key: str | None = None,
+) -> "TrainResult":
+    from transformers.utils import logging as transformers_logging
+
+    from trimtab_training.recipes.train import train as run
+
+    transformers_logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
+    if config.gateway is None:
+        return run(config, interruption=interruption, report=report, resume=resume)
+    gateway = GatewayClient(
+        config.gateway.url,
+        admin_key=admin_key or os.environ.get(config.gateway.admin_key_env),
+        api_key=os.environ.get(config.gateway.api_key_env),
+        concurrency=config.gateway.concurrency,
+        timeout_s=config.gateway.timeout_s,
+        retry_for_s=config.gateway.retry_for_s,
+        interruption=interruption,
+    )
+    with gateway:
+        return run(config, gateway=gateway, interruption=interruption, report=report, resume=resume)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace | int:
+    try:
+        return parser.parse_args(argv)
+    except SystemExit as exc:  # argparse has said what is wrong, or printed its help
+        return exc.code if isinstance(exc.code, int) else 1
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on SIGTERM and SIGINT; a second SIGINT ends the process as usual."""
+
+    def handle(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop()
+
+    saved = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
+
+
+def _print_result(result: "TrainResult") -> None:
+    console = Console()
+    if result.evaluation:
+        console.print(_table(result.evaluation))
+    console.print(f"version {result.version} in {result.path}", markup=False, highlight=False, soft_wrap=True)
+    if result.activated_route is not None:
+        console.print(f"route {result.activated_route} now uses it", markup=False, highlight=False)
+
+
+def _table(evaluation: Mapping[str, Any]) -> Table:
+    table = Table("held-out prompts", "base", "steered")
+    rows = {
+        "mean reward": "mean_reward",
+        "perplexity under base": "base_perplexity",
+        "distinct-2": "distinct_2",
+        "tokens": "mean_tokens",
+    }
+    for label, key in rows.items():
+        table.add_row(label, *(_number(evaluation[who][key]) for who in ("base", "steered")))
+    low, high = evaluation["reward_difference_interval"]
+    table.add_row("reward difference", "", f"{evaluation['reward_difference']:.4g} (95 %: {low:.4g} to {high:.4g})")
+    table.add_row("win rate against base", "", _number(evaluation["win_rate"]))
+    table.add_row("KL to base, nats per token", "", _number(evaluation["kl_per_token"]))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,316 @@
+"""The configuration of a training run: one frozen tree, read once, unknown keys fail.
+
+A file is TOML or JSON (by its ending); a training job carries the same tree as a JSON object.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import AdapterName, Alpha
+
+UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelsConfig(_Section):
+    """The two language models of the tailored policy."""
+
+    base_model: Path
+    """Directory of the frozen base LM (or of an approximate policy that stands in for it); needs `tokenizer.json`."""
+    adapter: Path
+    """Directory that the adapter LM starts from: a plain causal LM or an adapter version, which is then trained on."""
+    alpha: Alpha = 1.0
+    """Weight of the adapter's log-probabilities, in training, when drawing and as the version's default. Not 0."""
+    device: str = "cpu"
+    """Torch device of both models."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen base; the adapter always trains in float32."""
+
+    @model_validator(mode="after")
+    def _steers(self) -> Self:
+        if self.alpha == 0.0:
+            raise ValueError("alpha 0 leaves the base untouched, so there is nothing to train")
+        return self
+
+
+class GatewayConfig(_Section):
+    """The gateway that draws, scores, registers and routes."""
+
+    url: str
+    """Where the gateway listens, for example http://127.0.0.1:8000."""
+    admin_key_env: str = "TRIMTAB_ADMIN_KEY"
+    """Environment variable with the key of the admin API."""
+    api_key_env: str = "TRIMTAB_API_KEY"
+    """Environment variable with a key for `/v1`; the admin key is used when it is not set."""
+    concurrency: int = Field(default=16, ge=1, le=1024)
+    """Most requests in flight at a time."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Limit for one request."""
+    retry_for_s: float = Field(default=300.0, ge=0)
+    """How long a busy or restarting gateway (429, 503, refused connections) is asked again before the run fails."""
+
+
+class RewardConfig(_Section):
+    """What the adapter is trained to raise."""
+
+    name: str
+    """Name of the reward."""
+    source: Literal["gateway", "local"] = "gateway"
+    """Whether the gateway scores, or the entry point of that name (group `trimtab.rewards`) in this process."""
+    batch_size: int = Field(default=256, ge=1, le=4096)
+    """Outputs per scoring call."""
+
+
+class PromptFile(_Section):
+    """Prompts from a JSON Lines file."""
+
+    type: Literal["file"] = "file"
+    path: Path
+    """Each line is an object with `prompt` (text) or `prompt_token_ids`; other fields are ignored."""
+
+
+class PromptLog(_Section):
+    """The distinct prompts of the logged rollouts that `logged` selects."""
+
+    type: Literal["log"] = "log"
+
+
+class LoggedConfig(_Section):
+    """Which logged rollouts enter the pool before the first step; a field left out means any."""
+
+    enabled: bool = True
+    """Whether the log is read at all (it needs a gateway)."""
+    route: str | None = None
+    """Only rollouts of this route."""
+    adapter: str | None = None
+    """Only rollouts steered by this adapter."""
+    version: str | None = None
+    """Only rollouts steered by this adapter version."""
+    endpoint: Literal["completions", "chat.completions", "reference", "training"] | None = None
+    """Only rollouts of this endpoint."""
+    since: float | None = None
+    """Only rollouts completed at or after this Unix time."""
+    until: float | None = None
+    """Only rollouts completed before this Unix time."""
+    limit: int | None = Field(default=None, ge=1)
+    """Most rollouts to read, oldest first."""
+
+
+class FreshConfig(_Section):
+    """Rollouts drawn from the current policy while training goes on."""
+
+    source: Literal["gateway", "local"] = "gateway"
+    """Whether the engine behind the gateway draws, or the two models in this process."""
+    model: str | None = None
+    """Model name to draw from through the gateway: the base model or a route; its steering is overridden."""
+    interval: int = Field(default=500, ge=0)
+    """Steps between two rounds; 0 draws none, so the run learns from the log alone."""
+    prompts_per_round: int | None = Field(default=None, ge=1)
+    """Prompts per round; left out means every training prompt."""
+    num_per_prompt: int = Field(default=1, ge=1, le=20)
+    """Rollouts per prompt."""
+    min_pool_size: int = Field(default=256, ge=0)
+    """With fewer logged rollouts than this, the base alone draws one round before the first step."""
+
+
+class SamplingConfig(_Section):
+    """How outputs are sampled, in fresh rounds and in the evaluation."""
+
+    max_tokens: int = Field(default=64, ge=1)
+    """Longest output in tokens."""
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    """Divides the steered logits."""
+    top_p: UnitInterval = 1.0
+    """Nucleus of the steered distribution that is sampled from, after temperature."""
+    stop: tuple[str, ...] = Field(default=(), max_length=4)
+    """Texts that end an output; only the gateway can cut by text."""
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
+    """Tokens that end an output, besides the base model's own end-of-text; they stay part of the output's ids."""
+
+
+class QuarkConfig(_Section):
+    """Quark on the tailored policy (IPA's algorithm)."""
+
+    num_bins: int = Field(default=5, ge=2, le=64)
+    """Number of reward quantiles, each with a control token of its own."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Weight of KL(tailored || base), exact over the vocabulary, in nats per token."""
+    entropy_coef: float = Field(default=0.06, ge=0)
+    """Weight of the entropy bonus of the tailored policy, in nats per token."""
+
+
+class OptimiserConfig(_Section):
+    """Adam with linear warm-up and linear decay to 0."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    eps: float = Field(default=1e-5, gt=0)
+    """Adam's epsilon."""
+    batch_size: int = Field(default=64, ge=1)
+    """Rollouts per micro-batch."""
+    grad_accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    decay: Literal["linear", "none"] = "linear"
+    """What the learning rate does after warm-up."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are scaled down to this norm; left out means never."""
+
+
+class CheckpointConfig(_Section):
+    """Resumable checkpoints in `output_dir/checkpoints`."""
+
+    every: int = Field(default=500, ge=0)
+    """Steps between two checkpoints; 0 writes one only when the run is interrupted and at its end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class EvaluationConfig(_Section):
+    """Base against steered on prompts that are never trained on."""
+
+    share: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the prompts that is held out; 0 skips the evaluation."""
+    max_prompts: int = Field(default=256, ge=1)
+    """Most held-out prompts to use; prompts beyond it stay held out."""
+    num_per_prompt: int = Field(default=1, ge=1, le=20)
+    """Outputs per prompt and policy."""
+    num_resamples: int = Field(default=2000, ge=100)
+    """Bootstrap resamples behind the 95 % interval."""
+
+
+class PublishConfig(_Section):
+    """The version that comes out."""
+
+    name: AdapterName
+    """Name of the adapter that the result is a version of."""
+    route: str | None = None
+    """Route to switch to the new version; left out means that nothing is activated."""
+    require_improvement: bool = True
+    """Activate only when the 95 % interval of the reward difference to the base lies above 0."""
+
+
+class TrainConfig(_Section):
+    """Everything that a training run needs to know."""
+
+    output_dir: Path
+    """Metrics, checkpoints and versions go here; the gateway must see it under the same path."""
+    models: ModelsConfig
+    """Base LM and adapter LM."""
+    reward: RewardConfig
+    """What is to rise."""
+    prompts: PromptFile | PromptLog = Field(discriminator="type")
+    """What is asked: a file or the log."""
+    publish: PublishConfig
+    """What becomes of the result."""
+    gateway: GatewayConfig | None = None
+    """Left out, everything happens in this process: local reward, local rollouts, prompts from a file, no log."""
+    logged: LoggedConfig = LoggedConfig()
+    """Rollouts from the log."""
+    fresh: FreshConfig = FreshConfig()
+    """Rollouts drawn during training."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How outputs are drawn."""
+    quark: QuarkConfig = QuarkConfig()
+    """The objective."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """Learning rate and batch."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run's state is saved."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The comparison at the end."""
+    steps: int = Field(default=8000, ge=1)
+    """Optimiser steps of the whole run."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seeds control tokens, held-out prompts, batches and sampling."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; left out means torch's own choice. 1 is faster where an engine keeps the cores busy."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics."""
+
+    @model_validator(mode="after")
+    def _gateway_where_needed(self) -> Self:
+        if self.gateway is None:
+            needs = {
+                'reward.source = "gateway"': self.reward.source == "gateway",
+                'fresh.source = "gateway"': self.fresh.source == "gateway",
+                'prompts.type = "log"': isinstance(self.prompts, PromptLog),
+                "logged.enabled = true": self.logged.enabled,
+                "publish.route": self.publish.route is not None,
+            }
+            if named := [field for field, is_set in needs.items() if is_set]:
+                raise ValueError(f"there is no [gateway], but {', '.join(named)} needs one")
+        elif self.fresh.source == "gateway" and self.fresh.model is None:
+            raise ValueError("fresh.model must name the model or route to draw from through the gateway")
+        if self.fresh.source == "local" and self.sampling.stop:
+            raise ValueError('sampling.stop needs fresh.source = "gateway"')
+        if isinstance(self.prompts, PromptLog) and not self.logged.enabled:
+            raise ValueError('prompts.type = "log" needs logged.enabled = true')
+        if self.publish.route is not None and self.publish.require_improvement and self.evaluation.share == 0:
+            raise ValueError("publish.require_improvement needs an evaluation: set evaluation.share above 0")
+        if self.fresh.interval == 0 and not self.logged.enabled:
+            raise ValueError("fresh.interval = 0 and logged.enabled = false leave nothing to learn from")
+        return self
+
+
+def parse_config(data: Mapping[str, Any]) -> TrainConfig:
+    """Validate a configuration tree.
+
+    Raises:
+        InvalidRequestError: It does not fit; the message names each field.
+    """
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as exc:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in exc.errors())
+        raise InvalidRequestError(f"the training configuration is not valid: {problems}") from exc
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a configuration file and apply `section.key=value` overrides.
+
+    Args:
+        path: A `.toml` or `.json` file.
+        overrides: Values are read as JSON and, where that fails, taken as text.
+
+    Raises:
+        InvalidRequestError: The file is missing or malformed, or the result does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as exc:
+        raise InvalidRequestError(f"the configuration {path} cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise InvalidRequestError(f"the configuration {path} is malformed: {exc}") from exc
+    if not isinstance(data, dict):
+        raise InvalidRequestError(f"the configuration {path} is not an object")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise InvalidRequestError(f"--set {override!r} is not of the form section.key=value")
+    try:
+        value: Any = json.loads(raw)
+    except ValueError:
+        value = raw
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise InvalidRequestError(f"--set {override!r}: {section} is not a section")
+    data[last] = value

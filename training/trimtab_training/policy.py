@@ -1,0 +1,172 @@
+"""The tailored policy in training: a frozen base LM and a trainable adapter LM, combined by `mixing.py`.
+
+The layout of a batch: contexts are padded on the left and outputs on the right, so that in both models the output
+positions of all rows are the same last columns, although the adapter's context is longer by its prefix.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab_adapters import mixing
+from trimtab_training.models import max_positions
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOutput:
+    """Both distributions at each output token. B = rows, T = longest output, V = width of the base logits.
+
+    Attributes:
+        steered_logits: `[B, T, V]`, float32, unnormalised; carries the adapter's gradient.
+        base_logits: `[B, T, V]`, float32, unnormalised, no gradient.
+        output_token_ids: `[B, T]`, 0 where padded.
+        mask: `[B, T]`, True at real output tokens.
+    """
+
+    steered_logits: Tensor
+    base_logits: Tensor
+    output_token_ids: Tensor
+    mask: Tensor
+
+    def token_logprobs(self) -> tuple[Tensor, Tensor]:
+        """Steered and base log-probability of each output token, `[B, T]` each, 0 where padded."""
+        index = self.output_token_ids[..., None]
+        steered = torch.log_softmax(self.steered_logits, dim=-1).gather(-1, index)[..., 0]
+        base = torch.log_softmax(self.base_logits, dim=-1).gather(-1, index)[..., 0]
+        return steered.masked_fill(~self.mask, 0.0), base.masked_fill(~self.mask, 0.0)
+
+    def kl(self) -> Tensor:
+        """KL(steered || base) of each output position in nats, `[B, T]`, 0 where padded."""
+        return mixing.kl_to_base(self.steered_logits, self.base_logits).masked_fill(~self.mask, 0.0)
+
+
+class TailoredPolicy:
+    """pi = softmax(z_base + alpha * log_softmax(z_adapter)), the product of experts of IPA.
+
+    Args:
+        base: Causal LM of transformers. Its parameters are frozen here.
+        adapter: Causal LM of transformers; the only part with gradients.
+        alpha: Weight of the adapter's log-probabilities, negative allowed.
+        num_known: Number of tokens of the shared tokenizer. Columns of the adapter beyond it (padding, control
+            tokens) are cut off before its log-softmax.
+    """
+
+    def __init__(self, base: Any, adapter: Any, *, alpha: float, num_known: int) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.adapter = adapter
+        self.alpha = alpha
+        self.num_known = num_known
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        device: torch.device = self.adapter.device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the base logits."""
+        return int(self.base.get_output_embeddings().weight.shape[0])
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a row, the adapter's prefix included, that both models' positions allow."""
+        limits = [max_positions(self.base), max_positions(self.adapter)]
+        return min((limit for limit in limits if limit is not None), default=1 << 30)
+
+    def can_read(self, prompt_token_ids: TokenIds, output_token_ids: TokenIds, adapter_prefix: TokenIds) -> bool:
+        """Whether `forward` takes a row: not empty, not too long, and without token ids beyond the tokenizer.
+
+        A base with a padded vocabulary can sample such ids; the adapter would take them for control tokens.
+        """
+        return (
+            bool(prompt_token_ids and output_token_ids)
+            and len(adapter_prefix) + len(prompt_token_ids) + len(output_token_ids) <= self.max_tokens
+            and max(*prompt_token_ids, *output_token_ids) < self.num_known
+        )
+
+    def steer(self, base_logits: Tensor, adapter_logits: Tensor) -> Tensor:
+        """The serving formula with this policy's alpha; `[..., V]`, `[..., A]` -> `[..., V]` in float32."""
+        base_logits = base_logits.float()
+        logprobs = mixing.adapter_logprobs(adapter_logits, vocab_size=base_logits.shape[-1], num_known=self.num_known)
+        return mixing.steer(base_logits, [(self.alpha, logprobs)])
+
+    def forward(
+        self,
+        prompt_token_ids: Sequence[TokenIds],
+        output_token_ids: Sequence[TokenIds],
+        adapter_prefix_token_ids: Sequence[TokenIds],
+    ) -> PolicyOutput:
+        """Both distributions at each output token of B rows.
+
+        Args:
+            prompt_token_ids: B prompts of at least one token: without one the base has no first distribution.
+            output_token_ids: B outputs of at least one token.
+            adapter_prefix_token_ids: B prefixes that only the adapter sees, before the prompt; may be empty.
+        """
+        if not all(map(len, prompt_token_ids)) or not all(map(len, output_token_ids)):
+            raise ValueError("every row needs at least one prompt token and one output token")
+        outputs, mask = _pad(output_token_ids, left=False, device=self.device)
+        prefixed = [(*p, *q) for p, q in zip(adapter_prefix_token_ids, prompt_token_ids, strict=True)]
+        with torch.no_grad():
+            base_logits = _output_logits(self.base, prompt_token_ids, outputs, mask).float()
+        adapter_logits = _output_logits(self.adapter, prefixed, outputs, mask)
+        return PolicyOutput(
+            steered_logits=self.steer(base_logits, adapter_logits),
+            base_logits=base_logits,
+            output_token_ids=outputs,
+            mask=mask,
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Any:
+    """Switch a model to evaluation mode and gradients off; put its mode back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def left_padded(rows: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask of contexts padded on the left, `[B, longest]` each."""
+    return _pad(rows, left=True, device=device)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, `[B, L]`; padding in front gets 0."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _pad(rows: Sequence[TokenIds], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, where] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, where] = True
+    return ids.to(device), mask.to(device)
+
+
+def _output_logits(model: Any, contexts: Sequence[TokenIds], outputs: Tensor, mask: Tensor) -> Tensor:
+    """Logits that predict each output token, `[B, T, A]`: context + output without its last column, last T kept."""
+    context_ids, context_mask = _pad(contexts, left=True, device=outputs.device)
+    all_mask = torch.cat((context_mask, mask[:, :-1]), dim=-1)
+    logits: Tensor = model(
+        input_ids=torch.cat((context_ids, outputs[:, :-1]), dim=-1),
+        attention_mask=all_mask.long(),
+        position_ids=position_ids(all_mask),
+        use_cache=False,
+        logits_to_keep=outputs.shape[1],
+    ).logits
+    return logits

@@ -1,0 +1,124 @@
+"""Prompts: where they come from, and which of them are held out for the evaluation."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trimtab_adapters.contract.errors import IntegrityError, InvalidRequestError
+from trimtab_adapters.contract.records import Rollout
+from trimtab_training.models import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as its owner wrote it: as text, or as token ids, which then say exactly what the models see."""
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """What makes two prompts the same: the text."""
+        return self.text
+
+
+def read_prompts(path: Path, vocabulary: Vocabulary) -> list[Prompt]:
+    """The distinct prompts of a JSON Lines file, in its order.
+
+    Raises:
+        InvalidRequestError: The file cannot be read, a line is malformed, or there is no prompt at all.
+    """
+    prompts: dict[str, Prompt] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    prompt = _parse_line(line, f"{path}, line {number}", vocabulary)
+                    prompts.setdefault(prompt.key, prompt)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequestError(f"the prompts in {path} cannot be read: {exc}") from exc
+    if not prompts:
+        raise InvalidRequestError(f"{path} holds no prompts")
+    return list(prompts.values())
+
+
+def prompts_of(rollouts: Iterable[Rollout], vocabulary: Vocabulary) -> list[Prompt]:
+    """The distinct prompts of logged rollouts, in the order of their first appearance."""
+    prompts: dict[str, Prompt] = {}
+    for rollout in rollouts:
+        if rollout.prompt_token_ids:
+            prompt = Prompt(prompt_text(rollout, vocabulary), tuple(rollout.prompt_token_ids))
+            prompts.setdefault(prompt.key, prompt)
+    return list(prompts.values())
+
+
+def prompt_text(rollout: Rollout, vocabulary: Vocabulary) -> str:
+    """The text of a rollout's prompt, decoded where the caller sent token ids."""
+    return rollout.prompt if rollout.prompt is not None else vocabulary.decode(rollout.prompt_token_ids)
+
+
+def hold_out(prompts: Sequence[Prompt], share: float, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Split into training and held-out prompts, both in their old order.
+
+    At least one prompt is held out when `share` is positive and there are two or more.
+    """
+    if share <= 0.0 or len(prompts) < 2:
+        return list(prompts), []
+    num_held_out = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    chosen = set(np.random.default_rng([seed, 0]).permutation(len(prompts))[:num_held_out].tolist())
+    return (
+        [prompt for index, prompt in enumerate(prompts) if index not in chosen],
+        [prompt for index, prompt in enumerate(prompts) if index in chosen],
+    )
+
+
+def save_split(path: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Write the split of a run, so that a resumed one keeps it although the log has grown meanwhile."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        split = {"train": train, "held_out": held_out}
+        json.dump({name: [asdict(prompt) for prompt in prompts] for name, prompts in split.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_split(path: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """Read what `save_split` wrote: training and held-out prompts.
+
+    Raises:
+        IntegrityError: It cannot be read.
+    """
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))
+        train, held_out = (
+            [Prompt(str(p["text"]), None if p["token_ids"] is None else tuple(p["token_ids"])) for p in split[name]]
+            for name in ("train", "held_out")
+        )
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise IntegrityError(f"the prompts of the run in {path} cannot be read: {exc}") from exc
+    return train, held_out
+
+
+def _parse_line(line: str, where: str, vocabulary: Vocabulary) -> Prompt:
+    try:
+        data = json.loads(line)
+    except ValueError as exc:
+        raise InvalidRequestError(f"{where} is not JSON: {exc}") from exc
+    text = data.get("prompt") if isinstance(data, dict) else None
+    token_ids = data.get("prompt_token_ids") if isinstance(data, dict) else None
+    if isinstance(text, str) and text:
+        return Prompt(text)
+    if isinstance(token_ids, list) and token_ids and all(_is_id(token, vocabulary) for token in token_ids):
+        return Prompt(vocabulary.decode(token_ids), tuple(token_ids))
+    raise InvalidRequestError(
+        f"{where} needs `prompt`, a text, or `prompt_token_ids`, a list of ids below {vocabulary.num_tokens}"
+    )
+
+
+def _is_id(token: object, vocabulary: Vocabulary) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocabulary.num_tokens

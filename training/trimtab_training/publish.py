@@ -1,0 +1,138 @@
+"""Write an adapter version directory, and register it with the gateway."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trimtab_adapters.contract.errors import IntegrityError, StorageError, TrimtabError
+from trimtab_adapters.contract.manifest import MANIFEST_FILE, FileEntry, Manifest
+from trimtab_adapters.contract.params import VersionId
+from trimtab_training.durable_files import sync_directory, sync_tree
+from trimtab_training.gateway import GatewayClient
+from trimtab_training.models import Vocabulary, save_causal_lm
+from trimtab_training.rollouts import NamedVersion
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """What the manifest says besides the files.
+
+    Attributes:
+        name: Name of the adapter.
+        alpha: Default weight.
+        prefix_token_ids: What the adapter sees first: the best control token and the fixed prefix.
+        training: How it was trained, for people.
+        reward: `name@version` of the reward.
+        evaluation: Figures from the end of training.
+    """
+
+    name: str
+    alpha: float
+    prefix_token_ids: tuple[int, ...]
+    training: dict[str, Any]
+    reward: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDirectory:
+    """A finished version directory."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def version(self) -> VersionId:
+        """Its identity."""
+        return self.manifest.version_id
+
+
+def write_version(store: Path, model: Any, vocabulary: Vocabulary, info: VersionInfo) -> VersionDirectory:
+    """Write a model as the version directory `store/<version id>`.
+
+    It is written under a temporary name, flushed to disk and renamed, so no reader ever sees part of it.
+
+    Raises:
+        WeightsError: A weight is NaN or infinite.
+        StorageError: The disk refused.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=store))
+        try:
+            save_causal_lm(model, temporary, vocabulary.path)
+            manifest = _manifest(temporary, vocabulary, info)
+            (temporary / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            temporary.chmod(0o755)
+            sync_tree(temporary)
+            target = store / manifest.version_id
+            temporary.rename(target)
+            sync_directory(store)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as exc:
+        raise StorageError(f"the version cannot be written to {store}: {exc}") from exc
+    return VersionDirectory(target, manifest)
+
+
+def register_version(gateway: GatewayClient, directory: VersionDirectory) -> VersionId:
+    """Register a version with the gateway, which must see the directory under the same path.
+
+    Raises:
+        IntegrityError: The gateway found another content than was written.
+    """
+    version = gateway.register(directory.manifest.name, str(directory.path.resolve()))
+    if version != directory.version:
+        raise IntegrityError(f"the gateway registered version {version} instead of {directory.version}")
+    return version
+
+
+@contextlib.contextmanager
+def temporary_version(
+    gateway: GatewayClient, store: Path, model: Any, vocabulary: Vocabulary, info: VersionInfo
+) -> Iterator[NamedVersion]:
+    """Publish a model for as long as the context lasts; then retire the version and delete its directory."""
+    directory = write_version(store, model, vocabulary, info)
+    try:
+        version = register_version(gateway, directory)
+        try:
+            yield NamedVersion(name=info.name, version=version, alpha=info.alpha)
+        finally:
+            try:
+                gateway.retire(info.name, version)
+            except TrimtabError as exc:  # what was drawn is good; a version that stays registered only costs memory
+                logger.warning("the intermediate version %s could not be retired: %s", version, exc)
+    finally:
+        shutil.rmtree(directory.path, ignore_errors=True)
+
+
+def _manifest(directory: Path, vocabulary: Vocabulary, info: VersionInfo) -> Manifest:
+    return Manifest(
+        name=info.name,
+        vocabulary_sha256=vocabulary.sha256,
+        vocab_size=vocabulary.size,
+        prefix_token_ids=list(info.prefix_token_ids),
+        default_alpha=info.alpha,
+        created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        training=info.training,
+        reward=info.reward,
+        evaluation=info.evaluation,
+        files={path.name: _entry(path) for path in sorted(directory.iterdir())},
+    )
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return FileEntry(sha256=digest, size_bytes=os.path.getsize(path))

@@ -1,0 +1,293 @@
+"""Train an adapter LM by Quark on the tailored policy, from logged and fresh rollouts to a published version."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import VersionId
+from trimtab_training.checkpoint import RunState, save_checkpoint
+from trimtab_training.config import PromptFile, TrainConfig
+from trimtab_training.gateway import GatewayClient
+from trimtab_training.interruption import Interruption, TrainingInterrupted
+from trimtab_training.models import load_vocabulary
+from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
+from trimtab_training.publish import VersionInfo, register_version, write_version
+from trimtab_training.recipes.evaluate import evaluate
+from trimtab_training.rewards import Scorer, SingleVersionScorer
+from trimtab_training.rollouts import read_logged, score_logged
+from trimtab_training.tracking import Tracker
+from trimtab_training.wiring import (
+    build_learner,
+    build_scorer,
+    build_source,
+    checkpoints_of,
+    cpu_threads,
+    find_checkpoint,
+    intermediate_name,
+    version_info,
+)
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run leaves behind.
+
+    Attributes:
+        version: Id of the published version.
+        path: Its directory.
+        evaluation: Figures of `recipes.evaluate.evaluate`; empty when nothing was held out.
+        is_registered: Whether a gateway knows it.
+        activated_route: Route that now uses it, if any.
+        num_steps: Optimiser steps taken.
+    """
+
+    version: VersionId
+    path: str
+    evaluation: dict[str, Any]
+    is_registered: bool
+    activated_route: str | None
+    num_steps: int
+
+
+def train(
+    config: TrainConfig,
+    *,
+    gateway: GatewayClient | None = None,
+    scorer: Scorer | None = None,
+    interruption: Interruption | None = None,
+    report: Report | None = None,
+    resume: bool = False,
+    show_progress: bool | None = None,
+) -> TrainResult:
+    """Run the whole recipe.
+
+    Args:
+        config: What to do.
+        gateway: Connection to `config.gateway`; needed exactly when that is set.
+        scorer: Replaces the reward that `config.reward` names.
+        interruption: Asked for a stop, the run writes a checkpoint and raises `TrainingInterrupted`.
+        report: Told about progress now and then, with a JSON-able object.
+        resume: Go on from the newest checkpoint in `config.output_dir`, if there is one. Without it a directory that
+            holds checkpoints is refused.
+        show_progress: Whether a progress bar is drawn; None draws it on a terminal only.
+
+    Raises:
+        TrimtabError: Bad input, or the gateway, a reward or the disk failed; the checkpoints stay.
+        TrainingInterrupted: A stop was asked for.
+    """
+    if (gateway is None) != (config.gateway is None):
+        raise ValueError("a connection is needed exactly when the configuration names a gateway")
+    with cpu_threads(config.num_threads), torch.random.fork_rng(devices=_cuda_devices(config.models.device)):
+        torch.manual_seed(config.seed)
+        run = _Run(config, gateway, scorer, interruption or Interruption(), report, resume)
+        with Tracker(
+            config.output_dir, num_steps=config.steps, first_step=run.learner.step, show_progress=show_progress
+        ) as tracker:
+            return run.execute(tracker)
+
+
+def _cuda_devices(device: str) -> list[int]:
+    return [torch.device(device).index or 0] if device.startswith("cuda") else []
+
+
+class _Run:
+    """One run from its beginning or a checkpoint to the published version."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        gateway: GatewayClient | None,
+        scorer: Scorer | None,
+        interruption: Interruption,
+        report: Report | None,
+        resume: bool,
+    ) -> None:
+        self.config = config
+        self.gateway = gateway
+        self.interruption = interruption
+        self.report = report or (lambda progress: None)
+        checkpoint = find_checkpoint(config, resume=resume)
+        self.is_new = checkpoint is None
+        self.vocabulary = load_vocabulary(config.models.base_model)
+        self.learner, self.parent = build_learner(config, self.vocabulary, checkpoint)
+        self.next_round = checkpoint.run.next_round if checkpoint else 0
+        self.scorer = SingleVersionScorer(
+            scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
+        )
+        self.source = build_source(
+            config,
+            self.learner,
+            self.vocabulary,
+            gateway=gateway,
+            interruption=interruption,
+            describe=lambda: self._version_info(intermediate_name(config.publish.name), {}),
+        )
+        self.train_prompts: list[Prompt] = []
+        self.held_out: list[Prompt] = []
+
+    def execute(self, tracker: Tracker) -> TrainResult:
+        """The recipe, top to bottom."""
+        self._gather_prompts_and_log(tracker)
+        try:
+            self._draw_round_if_due(tracker)
+            if not len(self.learner.pool):
+                raise InvalidRequestError("there is nothing to learn from: no usable rollout in the log and none drawn")
+            tracker.say("training")
+            while self.learner.step < self.config.steps:
+                self.interruption.check()
+                self._draw_round_if_due(tracker)
+                self._train_step(tracker)
+                every = self.config.checkpoint.every
+                if every and self.learner.step % every == 0 and self.learner.step < self.config.steps:
+                    self._save()
+            self._save()
+            evaluation = self._evaluate(tracker)
+        except TrainingInterrupted:
+            if len(self.learner.pool):
+                self._save()
+            raise
+        return self._publish(evaluation, tracker)
+
+    def _gather_prompts_and_log(self, tracker: Tracker) -> None:
+        """Split the prompts and, in a new run, fill the pool from the log; held-out prompts never enter it."""
+        split = self.config.output_dir / "prompts.json"
+        if not self.is_new:
+            self.train_prompts, self.held_out = load_split(split)
+            return
+        tracker.say("reading the log")
+        logged = read_logged(self.gateway, self.config.logged) if self.gateway and self.config.logged.enabled else []
+        prompts = self.config.prompts
+        if isinstance(prompts, PromptFile):
+            found = read_prompts(prompts.path, self.vocabulary)
+        else:
+            found = prompts_of(logged, self.vocabulary)
+        self.train_prompts, self.held_out = hold_out(found, self.config.evaluation.share, seed=self.config.seed)
+        if not self.train_prompts:
+            raise InvalidRequestError("there are no prompts to train on: the log holds no usable rollout")
+        save_split(split, self.train_prompts, self.held_out)
+        held_out = {prompt.key for prompt in self.held_out}
+        pairs = [pair for pair in score_logged(logged, self.scorer, self.vocabulary) if pair[0].prompt not in held_out]
+        self.learner.add_rollouts([sample for sample, _ in pairs], [reward for _, reward in pairs])
+        logger.info("%d of %d logged rollouts entered the pool", len(self.learner.pool), len(logged))
+
+    def _draw_round_if_due(self, tracker: Tracker) -> None:
+        """Draw and score the round of this step, if it has one; only a complete round enters the pool.
+
+        Round 0, before the first step, comes from the base alone and is left out when the log has given enough.
+        """
+        config = self.config.fresh
+        if not config.interval or self.learner.step // config.interval < self.next_round:
+            return
+        number = self.learner.step // config.interval
+        if number > 0 or len(self.learner.pool) < config.min_pool_size:
+            tracker.say("drawing rollouts")
+            order = np.random.default_rng([self.config.seed, 1, number]).permutation(len(self.train_prompts))
+            chosen = [self.train_prompts[int(i)] for i in order[: config.prompts_per_round or len(order)]]
+            drawn = self.source.draw(
+                chosen, num_per_prompt=config.num_per_prompt, seed=self._draw_seed(number), steered=number > 0
+            )
+            samples = [sample for group in drawn for sample in group]
+            rewards = self.scorer.score([sample.reward_input for sample in samples]).rewards
+            self.learner.add_rollouts(samples, rewards)
+            figures = {"mean_reward": float(np.mean(rewards)), "pool_size": float(len(self.learner.pool))}
+            tracker.log(self.learner.step, {f"rollouts/{name}": value for name, value in figures.items()})
+            self._tell("training", mean_rollout_reward=figures["mean_reward"])
+            tracker.say("training")
+        self.next_round = number + 1
+
+    def _draw_seed(self, number: int) -> int:
+        """A seed of 31 bits that no other round or run shares but by chance."""
+        return int(np.random.SeedSequence([self.config.seed, 3, number]).generate_state(1)[0]) >> 1
+
+    def _train_step(self, tracker: Tracker) -> None:
+        metrics = self.learner.train_step()
+        step = self.learner.step
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            tracker.log(step, {f"train/{name}": float(value) for name, value in asdict(metrics).items()})
+            tracker.advance({"loss": metrics.loss, "kl": metrics.kl})
+            self._tell("training", loss=metrics.loss, kl=metrics.kl)
+        else:
+            tracker.advance()
+
+    def _tell(self, phase: str, **figures: float) -> None:
+        self.report({"phase": phase, "step": self.learner.step, "num_steps": self.config.steps, **figures})
+
+    def _save(self) -> None:
+        save_checkpoint(
+            checkpoints_of(self.config),
+            self.learner,
+            RunState(self.next_round, self.scorer.version, self.parent),
+            config=self.config,
+            vocabulary=self.vocabulary,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _evaluate(self, tracker: Tracker) -> dict[str, Any]:
+        if not self.held_out:
+            return {}
+        tracker.say("evaluating")
+        self._tell("evaluating")
+        result = evaluate(
+            self.source,
+            self.scorer,
+            self.learner.policy,
+            self.held_out,
+            adapter_prefix=self.learner.best_prefix,
+            config=self.config.evaluation,
+            seed=self._draw_seed(1 << 31),
+        )
+        flat = {f"evaluation/{key}": float(value) for key, value in result.items() if isinstance(value, int | float)}
+        flat |= {f"evaluation/{who}_reward": float(result[who]["mean_reward"]) for who in ("base", "steered")}
+        tracker.log(self.learner.step, flat)
+        return result
+
+    def _version_info(self, name: str, evaluation: dict[str, Any]) -> VersionInfo:
+        return version_info(
+            self.config,
+            self.learner,
+            name=name,
+            parent=self.parent,
+            reward=f"{self.scorer.name}@{self.scorer.version}",
+            evaluation=evaluation,
+        )
+
+    def _publish(self, evaluation: dict[str, Any], tracker: Tracker) -> TrainResult:
+        """Write the version, register it and switch the route if that is wanted and earned."""
+        tracker.say("publishing")
+        config = self.config.publish
+        directory = write_version(
+            self.config.output_dir / "versions",
+            self.learner.policy.adapter,
+            self.vocabulary,
+            self._version_info(config.name, evaluation),
+        )
+        activated = None
+        if self.gateway is not None:
+            version = register_version(self.gateway, directory)
+            if config.route is not None and (_is_better(evaluation) or not config.require_improvement):
+                self.gateway.activate(config.route, config.name, version, self.config.models.alpha)
+                activated = config.route
+            elif config.route is not None:
+                logger.warning("version %s does not beat the base; the route %s stays", version, config.route)
+        return TrainResult(
+            version=directory.version,
+            path=str(directory.path),
+            evaluation=evaluation,
+            is_registered=self.gateway is not None,
+            activated_route=activated,
+            num_steps=self.learner.step,
+        )
+
+
+def _is_better(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the 95 % interval of the reward difference to the base lies above 0."""
+    return bool(evaluation) and float(evaluation["reward_difference_interval"][0]) > 0.0

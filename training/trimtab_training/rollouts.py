@@ -1,0 +1,287 @@
+"""Where rollouts come from: the gateway's log, the engine behind the gateway, or the two models in this process."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from trimtab_adapters.contract.errors import EngineError, InvalidRequestError
+from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_training.config import LoggedConfig, SamplingConfig
+from trimtab_training.gateway import Completion, GatewayClient
+from trimtab_training.interruption import Interruption
+from trimtab_training.models import Vocabulary
+from trimtab_training.policy import TailoredPolicy
+from trimtab_training.prompts import Prompt, prompt_text
+from trimtab_training.rewards import Scorer
+from trimtab_training.sampler import sample_outputs
+
+logger = logging.getLogger(__name__)
+
+_USABLE_FINISH_REASONS = ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One output, with what a reward reads and what the models see."""
+
+    prompt: str
+    prompt_token_ids: tuple[int, ...]
+    output: str
+    output_token_ids: tuple[int, ...]
+
+    @property
+    def reward_input(self) -> RewardInput:
+        """What a reward judges."""
+        return RewardInput(prompt=self.prompt, output=self.output)
+
+
+class RolloutSource(Protocol):
+    """Draws outputs from the base or from the policy as it is now."""
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_per_prompt: int,
+        seed: int,
+        steered: bool,
+        on_done: Callable[[], None] | None = None,
+    ) -> list[list[Sample]]:
+        """Draw outputs.
+
+        Args:
+            prompts: What to answer.
+            num_per_prompt: Outputs per prompt.
+            seed: The same seed, prompts and policy give the same outputs.
+            steered: From the tailored policy under its best control token; otherwise from the base alone.
+            on_done: Called after each prompt.
+
+        Returns:
+            For each prompt its outputs, in the order of `prompts`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NamedVersion:
+    """A registered adapter version and the weight to draw with."""
+
+    name: str
+    version: VersionId
+    alpha: float
+
+    @property
+    def steering(self) -> dict[str, Any]:
+        """The request field `steering`."""
+        return {"adapters": [{"name": self.name, "version": self.version, "alpha": self.alpha}]}
+
+
+class GatewaySource:
+    """Draws through the gateway, so from the engine that serves.
+
+    Args:
+        gateway: The connection.
+        model: Model name in the requests: the base model or a route. Its own steering is overridden in every request.
+        sampling: How to sample.
+        current_version: Publishes the policy as it is now for as long as the context lasts.
+    """
+
+    def __init__(
+        self,
+        gateway: GatewayClient,
+        *,
+        model: str,
+        sampling: SamplingConfig,
+        current_version: Callable[[], AbstractContextManager[NamedVersion]],
+    ) -> None:
+        self._gateway = gateway
+        self._model = model
+        self._sampling = sampling
+        self._current_version = current_version
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_per_prompt: int,
+        seed: int,
+        steered: bool,
+        on_done: Callable[[], None] | None = None,
+    ) -> list[list[Sample]]:
+        """See `RolloutSource`."""
+        if not steered:
+            return self._draw(prompts, num_per_prompt, seed, {"adapters": []}, on_done)
+        with self._current_version() as version:
+            return self._draw(prompts, num_per_prompt, seed, version.steering, on_done)
+
+    def _draw(
+        self,
+        prompts: Sequence[Prompt],
+        num_per_prompt: int,
+        seed: int,
+        steering: dict[str, Any],
+        on_done: Callable[[], None] | None,
+    ) -> list[list[Sample]]:
+        sampling = self._sampling
+        body: dict[str, Any] = {
+            "model": self._model,
+            "n": num_per_prompt,
+            "best_of": num_per_prompt,  # a route's own best_of would hand out the best instead of fair samples
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "steering": steering,
+        }
+        body |= {"stop": list(sampling.stop)} if sampling.stop else {}
+        body |= {"stop_token_ids": list(sampling.stop_token_ids)} if sampling.stop_token_ids else {}
+        # The gateway gives candidate i of a request the seed + i, so requests are this far apart.
+        bodies = [
+            {
+                **body,
+                "prompt": prompt.text if prompt.token_ids is None else list(prompt.token_ids),
+                "seed": seed + index * num_per_prompt,
+            }
+            for index, prompt in enumerate(prompts)
+        ]
+        answers = self._gateway.complete(bodies, on_done=on_done)
+        return [
+            [_sample_of(prompt, completion) for completion in completions]
+            for prompt, completions in zip(prompts, answers, strict=True)
+        ]
+
+
+def _sample_of(prompt: Prompt, completion: Completion) -> Sample:
+    if completion.finish_reason not in _USABLE_FINISH_REASONS:
+        raise EngineError(f"a rollout ended with finish_reason {completion.finish_reason!r} instead of stop or length")
+    return Sample(
+        prompt=prompt.text,
+        prompt_token_ids=tuple(completion.prompt_token_ids),
+        output=completion.text,
+        output_token_ids=tuple(completion.token_ids),
+    )
+
+
+class LocalSource:
+    """Draws from the two models in this process.
+
+    Args:
+        policy: Both models.
+        adapter_prefix: What the adapter sees before each prompt: the best control token and the fixed prefix.
+        vocabulary: Encodes prompts and decodes outputs.
+        sampling: How to sample; `stop` texts are not supported here.
+        end_token_ids: The base model's own; `sampling.stop_token_ids` are added.
+        batch_size: Prompts per static batch.
+        interruption: Ends sampling early.
+    """
+
+    def __init__(
+        self,
+        policy: TailoredPolicy,
+        *,
+        adapter_prefix: Sequence[int],
+        vocabulary: Vocabulary,
+        sampling: SamplingConfig,
+        end_token_ids: frozenset[int],
+        batch_size: int = 64,
+        interruption: Interruption | None = None,
+    ) -> None:
+        self._policy = policy
+        self._adapter_prefix = tuple(adapter_prefix)
+        self._vocabulary = vocabulary
+        self._sampling = sampling
+        self._end_token_ids = end_token_ids | frozenset(sampling.stop_token_ids)
+        self._batch_size = batch_size
+        self._interruption = interruption
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_per_prompt: int,
+        seed: int,
+        steered: bool,
+        on_done: Callable[[], None] | None = None,
+    ) -> list[list[Sample]]:
+        """See `RolloutSource`."""
+        generator = torch.Generator().manual_seed(seed)
+        contexts = [self._token_ids(prompt) for prompt in prompts]
+        rows = [index for index in range(len(prompts)) for _ in range(num_per_prompt)]
+        drawn: list[list[Sample]] = [[] for _ in prompts]
+        # Prompts of like length share a batch: less padding. Stable, so the result depends on the seed alone.
+        rows.sort(key=lambda index: len(contexts[index]))
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            outputs = sample_outputs(
+                self._policy,
+                [contexts[index] for index in batch],
+                self._adapter_prefix if steered else None,
+                max_tokens=self._sampling.max_tokens,
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                end_token_ids=self._end_token_ids,
+                generator=generator,
+                interruption=self._interruption,
+            )
+            for index, output in zip(batch, outputs, strict=True):
+                text = self._vocabulary.decode(output)
+                drawn[index].append(Sample(prompts[index].text, contexts[index], text, tuple(output)))
+                if on_done is not None and len(drawn[index]) == num_per_prompt:
+                    on_done()
+        return drawn
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        token_ids = prompt.token_ids if prompt.token_ids is not None else tuple(self._vocabulary.encode(prompt.text))
+        if not token_ids:
+            raise InvalidRequestError(f"the prompt {prompt.text!r} has no tokens")
+        needed = len(self._adapter_prefix) + len(token_ids) + self._sampling.max_tokens
+        if needed > self._policy.max_tokens:
+            raise InvalidRequestError(
+                f"a prompt of {len(token_ids)} tokens and {self._sampling.max_tokens} new ones need {needed} places, "
+                f"the models have {self._policy.max_tokens}; lower sampling.max_tokens or leave the prompt out"
+            )
+        return token_ids
+
+
+def read_logged(gateway: GatewayClient, config: LoggedConfig) -> list[Rollout]:
+    """The logged rollouts that `config` selects and that training can use, oldest first."""
+    where = config.model_dump(exclude={"enabled"}, exclude_none=True)
+    return list(_usable(gateway.read_rollouts(where)))
+
+
+def _usable(rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
+    num_skipped = 0
+    for rollout in rollouts:
+        if rollout.prompt_token_ids and rollout.output_token_ids and rollout.finish_reason in _USABLE_FINISH_REASONS:
+            yield rollout
+        else:
+            num_skipped += 1
+    if num_skipped:
+        logger.info("skipped %d logged rollouts that are empty or were broken off", num_skipped)
+
+
+def score_logged(rollouts: Sequence[Rollout], scorer: Scorer, vocabulary: Vocabulary) -> list[tuple[Sample, float]]:
+    """Samples with their rewards; a reward that was logged with the current version is not computed again."""
+    samples = [
+        Sample(prompt_text(r, vocabulary), tuple(r.prompt_token_ids), r.output_text, tuple(r.output_token_ids))
+        for r in rollouts
+    ]
+    if not samples:
+        return []
+    logged = [
+        {value.version: value.raw for value in rollout.rewards if value.name == scorer.name} for rollout in rollouts
+    ]
+    # Only a reply says which version is current, so at least one output is scored.
+    first = next((index for index, values in enumerate(logged) if not values), 0)
+    version = scorer.score([samples[first].reward_input]).version
+    missing = [index for index, values in enumerate(logged) if version not in values]
+    if missing:
+        reply = scorer.score([samples[index].reward_input for index in missing])
+        for index, reward in zip(missing, reply.rewards, strict=True):
+            logged[index][version] = reward
+    return [(sample, values[version]) for sample, values in zip(samples, logged, strict=True)]

@@ -1,0 +1,98 @@
+"""Plain sampling from the tailored policy in this process: static batches, one cache per model."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab_training.interruption import Interruption
+from trimtab_training.policy import TailoredPolicy, TokenIds, evaluating, left_padded, position_ids
+
+
+class _CachedModel:
+    """A causal LM with its cache over one left-padded batch."""
+
+    def __init__(self, model: Any, contexts: Sequence[TokenIds], device: torch.device) -> None:
+        self._model = model
+        self._ids, self._mask = left_padded(contexts, device)
+        self._cache: Any = None
+
+    def next_logits(self, tokens: Tensor | None) -> Tensor:
+        """Logits after the context and all tokens so far, `[B, A]`; `tokens` `[B]` are the newest, None at first."""
+        if tokens is not None:
+            self._ids = tokens[:, None]
+            self._mask = torch.cat((self._mask, self._mask.new_ones(len(tokens), 1)), dim=-1)
+        output = self._model(
+            input_ids=self._ids,
+            attention_mask=self._mask.long(),
+            position_ids=position_ids(self._mask)[:, -self._ids.shape[1] :],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def sample_outputs(
+    policy: TailoredPolicy,
+    prompt_token_ids: Sequence[TokenIds],
+    adapter_prefix: TokenIds | None,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    end_token_ids: Collection[int],
+    generator: torch.Generator,
+    interruption: Interruption | None = None,
+) -> list[list[int]]:
+    """Draw one output for each prompt.
+
+    Args:
+        policy: Both models; switched to evaluation mode for the time of the call.
+        prompt_token_ids: B prompts of at least one token.
+        adapter_prefix: What the adapter sees before each prompt; None draws from the base alone.
+        max_tokens: Longest output.
+        temperature: Divides the steered logits.
+        top_p: Smallest set of most probable tokens that has this much probability is sampled from.
+        end_token_ids: Tokens that end an output; the output keeps them.
+        generator: Source of randomness, on the CPU.
+        interruption: Ends sampling early with `TrainingInterrupted`.
+
+    Returns:
+        B outputs of 1 to `max_tokens` ids, all of them ids of the tokenizer: padding rows of the base's vocabulary
+        are never drawn.
+    """
+    device = policy.device
+    ends = torch.tensor(sorted(end_token_ids), dtype=torch.long, device=device)
+    is_done = torch.zeros(len(prompt_token_ids), dtype=torch.bool, device=device)
+    columns: list[Tensor] = []
+    with evaluating(policy.adapter):
+        base = _CachedModel(policy.base, prompt_token_ids, device)
+        adapter = None
+        if adapter_prefix is not None:
+            adapter = _CachedModel(policy.adapter, [(*adapter_prefix, *p) for p in prompt_token_ids], device)
+        tokens: Tensor | None = None
+        while len(columns) < max_tokens and not bool(is_done.all()):
+            if interruption is not None:
+                interruption.check()
+            logits = base.next_logits(tokens).float()
+            if adapter is not None:
+                logits = policy.steer(logits, adapter.next_logits(tokens))
+            tokens = _draw(logits[:, : policy.num_known] / temperature, top_p, generator)
+            columns.append(torch.where(is_done, -1, tokens))
+            is_done = is_done | torch.isin(tokens, ends)
+    rows = torch.stack(columns, dim=1).tolist()
+    return [[token for token in row if token >= 0] for row in rows]
+
+
+def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token per row, `[B, V]` -> `[B]`."""
+    probabilities = torch.softmax(logits, dim=-1).cpu()
+    if top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)

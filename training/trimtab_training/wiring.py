@@ -1,0 +1,191 @@
+"""The parts of a training run, built from its configuration."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError
+from trimtab_adapters.contract.params import VersionId
+from trimtab_training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    open_checkpoint,
+    restore_learner,
+    restore_pool,
+)
+from trimtab_training.config import TrainConfig
+from trimtab_training.data_pool import DataPool
+from trimtab_training.gateway import GatewayClient
+from trimtab_training.interruption import Interruption
+from trimtab_training.learner import Learner
+from trimtab_training.models import (
+    CONTROL_TOKENS_KEY,
+    AdapterStart,
+    Vocabulary,
+    end_token_ids,
+    load_adapter_start,
+    load_causal_lm,
+    num_output_columns,
+)
+from trimtab_training.policy import TailoredPolicy
+from trimtab_training.publish import VersionInfo, temporary_version
+from trimtab_training.rewards import GatewayScorer, LocalScorer, Scorer
+from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, RolloutSource
+
+_INTERMEDIATE_SUFFIX = ".training"
+
+
+def checkpoints_of(config: TrainConfig) -> Path:
+    """Where the run's checkpoints are."""
+    return config.output_dir / "checkpoints"
+
+
+def find_checkpoint(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run.
+
+    Raises:
+        ConflictError: There are checkpoints, but `resume` is False or they belong to another configuration.
+        IntegrityError: The newest one cannot be read.
+    """
+    path = latest_checkpoint(checkpoints_of(config))
+    if path is None:
+        return None
+    if not resume:
+        raise ConflictError(f"{config.output_dir} holds a run already; resume it or choose another output_dir")
+    return open_checkpoint(path, config)
+
+
+def build_learner(
+    config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None
+) -> tuple[Learner, VersionId | None]:
+    """Load both models and put them together with the pool and the optimiser; also the parent version, if any.
+
+    Raises:
+        AdapterError: A model cannot be loaded, or the two do not fit each other.
+        IntegrityError: The checkpoint cannot be read.
+    """
+    models, num_bins = config.models, config.quark.num_bins
+    if checkpoint is None:
+        start = load_adapter_start(
+            models.adapter, vocabulary, num_bins=num_bins, seed=config.seed, device=models.device
+        )
+        pool = DataPool(num_bins, seed=config.seed)
+    else:
+        adapter = load_causal_lm(checkpoint.adapter_path, dtype=torch.float32, device=models.device)
+        start = AdapterStart(adapter, checkpoint.control_token_ids, checkpoint.fixed_prefix, checkpoint.run.parent)
+        pool = restore_pool(checkpoint, num_bins)
+    base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
+    num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
+    learner = Learner(
+        TailoredPolicy(base, start.model, alpha=models.alpha, num_known=num_known),
+        pool,
+        control_token_ids=start.control_token_ids,
+        fixed_prefix=start.fixed_prefix,
+        quark=config.quark,
+        optimiser=config.optimiser,
+        num_steps=config.steps,
+    )
+    if checkpoint is not None:
+        restore_learner(checkpoint, learner)
+    return learner, start.parent
+
+
+def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
+    """The reward that `config.reward` names.
+
+    Raises:
+        InvalidRequestError: It is local and no package publishes it.
+    """
+    if config.reward.source == "local":
+        return LocalScorer.load(config.reward.name)
+    return GatewayScorer(_connected(gateway), config.reward.name, batch_size=config.reward.batch_size)
+
+
+def build_source(
+    config: TrainConfig,
+    learner: Learner,
+    vocabulary: Vocabulary,
+    *,
+    gateway: GatewayClient | None,
+    interruption: Interruption,
+    describe: Callable[[], VersionInfo],
+) -> RolloutSource:
+    """Where fresh rollouts are drawn; `describe` gives the manifest of an intermediate version."""
+    if config.fresh.source == "local":
+        return LocalSource(
+            learner.policy,
+            adapter_prefix=learner.best_prefix,
+            vocabulary=vocabulary,
+            sampling=config.sampling,
+            end_token_ids=end_token_ids(learner.policy.base),
+            interruption=interruption,
+        )
+    connection = _connected(gateway)
+    if config.fresh.model is None:
+        raise InvalidRequestError("fresh.model is missing")
+
+    def current_version() -> AbstractContextManager[NamedVersion]:
+        store = config.output_dir / "intermediate"
+        return temporary_version(connection, store, learner.policy.adapter, vocabulary, describe())
+
+    return GatewaySource(
+        connection, model=config.fresh.model, sampling=config.sampling, current_version=current_version
+    )
+
+
+def intermediate_name(name: str) -> str:
+    """Name of the versions in the making: not `name` itself, whose newest version others may ask for."""
+    return name[: 64 - len(_INTERMEDIATE_SUFFIX)] + _INTERMEDIATE_SUFFIX
+
+
+def version_info(
+    config: TrainConfig,
+    learner: Learner,
+    *,
+    name: str,
+    parent: VersionId | None,
+    reward: str,
+    evaluation: dict[str, Any],
+) -> VersionInfo:
+    """The manifest's part that tells how the policy, as it is now, came about."""
+    return VersionInfo(
+        name=name,
+        alpha=config.models.alpha,
+        prefix_token_ids=learner.best_prefix,
+        reward=reward,
+        evaluation=evaluation,
+        training={
+            "objective": "quark",
+            "base_model": str(config.models.base_model),
+            "parent": parent,
+            CONTROL_TOKENS_KEY: list(learner.control_token_ids),
+            "alpha": config.models.alpha,
+            "step": learner.step,
+            "num_steps": config.steps,
+            "pool_size": len(learner.pool),
+            "seed": config.seed,
+            "quark": config.quark.model_dump(mode="json"),
+            "optimiser": config.optimiser.model_dump(mode="json"),
+            "sampling": config.sampling.model_dump(mode="json"),
+        },
+    )
+
+
+@contextmanager
+def cpu_threads(num: int | None) -> Iterator[None]:
+    """Let torch use `num` CPU threads for a while; None leaves them alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _connected(gateway: GatewayClient | None) -> GatewayClient:
+    if gateway is None:
+        raise InvalidRequestError("the configuration needs a [gateway]")
+    return gateway
