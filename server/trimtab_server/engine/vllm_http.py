@@ -36,6 +36,7 @@ from trimtab_adapters.contract.params import SteeringParams, VersionId, is_faile
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.engine.base import Candidate, Endpoint, EngineDelta, EngineRequest
 from trimtab_server.engine.record_taker import RecordTaker
+from trimtab_server.engine.sharded_transport import ShardedTransport
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,10 @@ _CALL = httpx.Timeout(60.0, connect=5.0)
 _LOAD = httpx.Timeout(1800.0, connect=5.0)
 
 
+_NUM_POOLS = 32
+"""Connection pools to one engine: with a thousand candidates in flight each has about thirty connections."""
+
+
 def build_engine_client(api_key: str | None = None) -> httpx.AsyncClient:
     """An HTTP client for engines: no proxy from the environment, no limit on connections.
 
@@ -59,8 +64,9 @@ def build_engine_client(api_key: str | None = None) -> httpx.AsyncClient:
         api_key: The key that the engine was started with, if any.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2.0)
-    return httpx.AsyncClient(limits=limits, timeout=_CALL, headers=headers, trust_env=False)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=2.0)
+    shards = [httpx.AsyncHTTPTransport(limits=limits, trust_env=False) for _ in range(_NUM_POOLS)]
+    return httpx.AsyncClient(transport=ShardedTransport(shards), timeout=_CALL, headers=headers, trust_env=False)
 
 
 class VllmEngine:
