@@ -112,7 +112,7 @@ def test_the_commands_name_models_address_and_directories() -> None:
     own, engine = command[: command.index("--")], command[command.index("--") :]
     assert own[1:4] == ["-m", "trimtab_server.cli", "serve"]
     assert {"/b", "kind=/a", "8001", "/d"} <= set(own)
-    assert engine[engine.index("--max-model-len") + 1] == "240"
+    assert engine[engine.index("--max-model-len") + 1] == "232"  # the prefix needs room
     assert trainer_command(url="http://x", output_dir=Path("/o"))[3:] == [
         *("trainer", "--url", "http://x", "--output-dir", "/o", "--once")
     ]

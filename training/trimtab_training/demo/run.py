@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prompts to log rollouts of (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=_between(1, 1_000_000), default=160, help="training steps (default: %(default)s)"
+        "--steps", type=_between(1, 1_000_000), default=450, help="training steps (default: %(default)s)"
     )
     parser.add_argument("--cache-dir", type=Path, help="where the models are kept (default: ~/.cache/trimtab)")
     parser.add_argument(
@@ -138,8 +138,9 @@ def job_config(models: "DemoModels", *, steps: int) -> dict[str, Any]:
         "logged": {"route": BASE_MODEL, "endpoint": "completions"},
         "fresh": {"model": BASE_MODEL, "interval": max(1, steps // 3), "prompts_per_round": 256},
         "sampling": {"max_tokens": SAMPLING["max_tokens"], "stop": list(SAMPLING["stop"])},
-        "quark": {"kl_coef": 0.05, "entropy_coef": 0.0},
-        "optimiser": {"lr": 5e-3, "batch_size": 32, "warmup_steps": 10, "max_grad_norm": 1.0},
+        # Few quantiles and many small steps: the adapter LM must first learn what a control token means.
+        "quark": {"num_bins": 3, "kl_coef": 0.05, "entropy_coef": 0.0},
+        "optimiser": {"lr": 3e-3, "batch_size": 16, "warmup_steps": 10, "max_grad_norm": 1.0},
         "checkpoint": {"every": 0},
         "evaluation": {"share": 0.1, "max_prompts": 40},
         "publish": {"name": ROUTE},
