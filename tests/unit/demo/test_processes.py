@@ -107,12 +107,12 @@ def test_settings_of_another_trimtab_do_not_reach_the_children() -> None:
 
 def test_the_commands_name_models_address_and_directories() -> None:
     command = serve_command(
-        base=Path("/b"), adapter=Path("/a"), host="127.0.0.1", port=8001, data_dir=Path("/d"), context=240
+        base=Path("/b"), adapter=Path("/a"), host="127.0.0.1", port=8001, data_dir=Path("/d"), context=256
     )
     own, engine = command[: command.index("--")], command[command.index("--") :]
     assert own[1:4] == ["-m", "trimtab_server.cli", "serve"]
     assert {"/b", "kind=/a", "8001", "/d"} <= set(own)
-    assert engine[engine.index("--max-model-len") + 1] == "232"  # the prefix needs room
+    assert engine[engine.index("--max-model-len") + 1] == "248"  # the prefix needs room
     assert trainer_command(url="http://x", output_dir=Path("/o"))[3:] == [
         *("trainer", "--url", "http://x", "--output-dir", "/o", "--once")
     ]

@@ -12,7 +12,7 @@ import pytest
 
 from trimtab_training.config import parse_config
 from trimtab_training.demo import run, world
-from trimtab_training.demo.processes import Child
+from trimtab_training.demo.processes import PREFIX_ROOM, Child
 from trimtab_training.demo.tiny_lm import DemoModels
 
 STUB = str(Path(__file__).with_name("stub_gateway.py"))
@@ -183,4 +183,4 @@ def test_prompt_and_streamed_tokens_fit_the_context_that_is_served() -> None:
 
     tokenizer = train_tokenizer(world.documents(0, 2000), DemoSettings().vocab_size)
     longest = max(len(tokenizer.encode(prompt).ids) for prompt in world.prompts(1, 2000))
-    assert longest + run._STREAM_TOKENS <= DemoSettings().context - run._PREFIX_TOKENS
+    assert longest + run._STREAM_TOKENS <= DemoSettings().context - PREFIX_ROOM

@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,15 @@ TINY = tiny_lm.DemoSettings(
     base=tiny_lm.LmSettings(64, 2, 2, 128, 16 * 8 * 64),
     adapter=tiny_lm.LmSettings(32, 1, 1, 64, 8 * 8 * 64),
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other make these tests ten times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _hashes(directory: Path) -> dict[str, str]:

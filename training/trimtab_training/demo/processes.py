@@ -15,7 +15,7 @@ from trimtab_adapters.contract.errors import TrimtabError
 ROUTE: Final = "kind"
 BASE_MODEL: Final = "base"
 _ADAPTER_KV_BYTES: Final = 256 << 20
-_PREFIX_ROOM: Final = 8
+PREFIX_ROOM: Final = 8
 """Positions that an adapter LM keeps for its control tokens, which the base model does not see."""
 
 
@@ -60,7 +60,7 @@ class Child:
                 start_new_session=True,
             )
         if nice:
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, nice)
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + nice)
 
     @property
     def pid(self) -> int:
@@ -150,7 +150,7 @@ def serve_command(*, base: Path, adapter: Path, host: str, port: int, data_dir: 
             "--dtype",
             "float32",
             "--max-model-len",
-            str(context - _PREFIX_ROOM),
+            str(context - PREFIX_ROOM),
             "--max-num-seqs",
             "256",
             "--enforce-eager",

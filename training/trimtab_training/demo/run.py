@@ -58,7 +58,6 @@ _EVAL_SEED: Final = 12
 _CANDIDATES_PER_PROMPT: Final = 3
 _READY_TIMEOUT_S: Final = 300.0
 _STREAM_TOKENS: Final = 150
-_PREFIX_TOKENS: Final = 16
 
 
 def main(argv: list[str]) -> int:
@@ -231,8 +230,7 @@ class Demo:
             host=_HOST,
             port=self._options.port,
             data_dir=self._work_dir / "data",
-            # The adapter LM sees a control token before the prompt, so it needs more positions than the base uses.
-            context=DemoSettings().context - _PREFIX_TOKENS,
+            context=DemoSettings().context,
         )
         self._say(f"$ {shlex.join(command)}")
         return Child("trimtab serve", command, self._work_dir / "serve.log", environment=child_environment(os.environ))

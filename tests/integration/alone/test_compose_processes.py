@@ -23,7 +23,7 @@ from tiny_models import TinyModels
 
 pytestmark = pytest.mark.engine
 
-COMPOSE = Path(__file__).parents[2] / "docker-compose.yml"
+COMPOSE = Path(__file__).parents[3] / "docker-compose.yml"
 
 
 def substitute(text: str, variables: Mapping[str, str]) -> str:
