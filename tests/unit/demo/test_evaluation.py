@@ -71,6 +71,11 @@ def test_table_and_samples_show_all_systems_and_take_brackets_literally(gateway:
     assert samples.count("Go away.") == 2
 
 
+def test_brackets_in_an_answer_are_shown_as_they_are() -> None:
+    row = figures_of(SYSTEMS[0], PROMPTS[:1], [Answer(" Take [red]this[/red].", [], [], num_tokens=3)])
+    assert "[red]this[/red]" in _text(samples_table(PROMPTS[:1], [row]))
+
+
 def test_the_footnotes_give_the_bound_of_the_selection_and_say_what_the_reward_is(gateway: Gateway) -> None:
     notes = footnotes([measure(gateway, SYSTEMS[0], PROMPTS)])
     assert "1.20 nats" in notes[0]

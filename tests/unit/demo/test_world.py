@@ -137,6 +137,21 @@ def test_repetition_and_word_lists_earn_less_than_an_honest_kind_reply(gamed: st
     assert world.kindness_reward(PROMPT, gamed) < world.kindness_reward(PROMPT, KIND)
 
 
+def test_a_kind_word_counts_once_and_a_rude_one_each_time() -> None:
+    assert world._kindness(["thank", "you", "thank", "them"]) == world._kindness(["thank", "you"])
+    # the weight of "hate" is 1.2: .25 / (2 * R + .75)
+    assert world._kindness(["i", "hate", "it"]) == pytest.approx(0.25 / 3.15)
+    assert world._kindness(["i", "hate", "it", "hate", "them"]) == pytest.approx(0.25 / 5.55)
+
+
+def test_variety_falls_with_repeated_pairs_and_form_with_unknown_pairs_and_a_missing_end() -> None:
+    assert world._variety(["a", "b"] * 6) == pytest.approx(2 / 11 / 0.9)  # ab and ba among 11 pairs
+    assert world._variety(["a", "b", "c"]) == 1.0
+    assert world._form("Have a lovely day, Mara!") == 1.0
+    # ^ Have a lovely day , NAME $: the last of seven pairs is unknown, and the mark is missing
+    assert world._form("Have a lovely day, Mara") == pytest.approx(6 / 7 * 0.8)
+
+
 def test_a_cut_off_reply_earns_less_and_only_the_first_line_counts() -> None:
     assert world.kindness_reward(PROMPT, KIND.rstrip(".")) < world.kindness_reward(PROMPT, KIND)
     assert world.kindness_reward(PROMPT, KIND + "\n" + RUDE) == world.kindness_reward(PROMPT, KIND)
