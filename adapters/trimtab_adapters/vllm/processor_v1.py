@@ -12,7 +12,6 @@ Bound to `vllm.v1.sample.logits_processor.LogitsProcessor` of vLLM 0.32.0. What 
 """
 
 import logging
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,15 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
-from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import SteeringParams
-from trimtab_adapters.record_buffer import RecordBuffer
-from trimtab_adapters.steering import SteeredRow, SteeringCore, StepResult
+from trimtab_adapters.steering import SteeredRow
 from trimtab_adapters.vllm.engine_config import build_residents
+from trimtab_adapters.vllm.shell import NOT_ATTACHED, SteeringShell
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ class _Occupant:
         self.output_token_ids = output_token_ids
 
 
-class SteeringProcessor(LogitsProcessor):
+class SteeringProcessor(SteeringShell, LogitsProcessor):
     """Adds adapter log-probabilities to the logits of the rows that asked for it.
 
     The worker extension attaches what only the runner knows: `discarded`, the mask of rows whose sample is thrown away,
@@ -51,33 +48,11 @@ class SteeringProcessor(LogitsProcessor):
     fail, because their failures could not be reported.
     """
 
-    @classmethod
-    @override
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse malformed steering in the front end, with a 400."""
-        try:
-            params = SteeringParams.from_extra_args(sampling_params.extra_args)
-        except InvalidRequestError as exc:
-            raise ValueError(exc.message) from exc
-        has_logprobs = sampling_params.logprobs is not None or bool(sampling_params.logprob_token_ids)
-        if params is not None and params.active and not has_logprobs:
-            raise ValueError(
-                "a steered request must ask for logprobs (0 is enough): they are how a failed row is reported"
-            )
-
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self.boot_id = uuid.uuid4().hex
-        self.residents = build_residents(vllm_config, device)
-        self.core = SteeringCore(self.residents.committed, vocab_size=self.residents.base.vocab_size)
-        self.records = RecordBuffer()
+        super().__init__(build_residents(vllm_config, device))
         self.discarded: Callable[[int], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
         self.before_step: Callable[[], None] | None = None
-        self.result: StepResult | None = None
         self._occupants: dict[int, _Occupant] = {}
-
-    def forget_result(self) -> None:
-        """Drop the last step's result, so that a step without steered rows leaves none."""
-        self.result = None
 
     @override
     def is_argmax_invariant(self) -> bool:
@@ -127,14 +102,7 @@ class SteeringProcessor(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         if not self._occupants:
             return logits
-        rows = self._rows(logits.shape[0])
-        try:
-            self.result = self.core.step(rows, logits)
-        except Exception as exc:  # boundary: an exception that leaves a processor kills the engine for good
-            logger.exception("a steering step failed; its rows fail")
-            for row, _ in rows:
-                row.error = row.error or f"internal error in a steering step: {type(exc).__name__}"
-            self.result = self.core.step(rows, logits)  # all rows carry an error now: nothing is computed
+        self.steer(self._rows(logits.shape[0]), logits)
         return logits
 
     def _rows(self, num_rows: int) -> Sequence[tuple[SteeredRow, int]]:
@@ -146,7 +114,7 @@ class SteeringProcessor(LogitsProcessor):
                 continue
             row = occupant.row
             if self.discarded is None:
-                row.error = row.error or "the engine's recording sampler is not attached"
+                row.error = row.error or NOT_ATTACHED
             row.append(occupant.output_token_ids[row.num_output_tokens :])
             rows.append((row, index))
         return rows

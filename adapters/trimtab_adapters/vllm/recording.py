@@ -7,7 +7,7 @@ temperature. A row whose steering failed gets `FAILED_LOGPROB` at its token, whi
 before it passes the token on.
 """
 
-import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from trimtab_adapters.contract.params import FAILED_LOGPROB
 from trimtab_adapters.steering import StepResult
 from trimtab_adapters.vllm.cpu_generators import rewound
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
-
-logger = logging.getLogger(__name__)
 
 
 class RecordingSampler(Sampler):
@@ -42,45 +39,25 @@ class RecordingSampler(Sampler):
                 output = super().forward(logits, sampling_metadata, *args, **kwargs)
         else:
             output = super().forward(logits, sampling_metadata, *args, **kwargs)
-        result: StepResult | None = self._processor.result
-        if result is None:
-            return output
         sampled = output.sampled_token_ids[:, 0]
-        try:
-            self._processor.records.observe(result, sampled)
-            _write_steered(output.logprobs_tensors, result, sampled, sampling_metadata)
-        except Exception:  # boundary: an exception that leaves the sampler kills the engine for good
-            logger.exception("recording failed; the steered rows of this step fail")
-            result.fail_all("internal error while recording log-probabilities")
-            self._processor.records.observe(result, sampled)
-        _mark_failed(output.logprobs_tensors, result)
+        self._processor.report(sampled, output.logprobs_tensors, partial(_write_steered, sampled, sampling_metadata))
         return output
 
 
-def _write_steered(
-    tensors: LogprobsTensors | None, result: StepResult, sampled: Tensor, metadata: SamplingMetadata
-) -> None:
+def _write_steered(sampled: Tensor, metadata: SamplingMetadata, result: StepResult, tensors: LogprobsTensors) -> None:
     """Replace the steered rows of vLLM's log-probability tensors."""
-    if tensors is not None and result.rows:
-        indices, steered = result.indices, result.steered_logprobs
-        if tensors.logprob_token_ids.numel() == 0:  # the whole vocabulary, unsorted
-            tensors.logprobs[indices] = steered
-        elif metadata.logprob_token_ids:  # tokens named by the caller; padding is minus infinity
-            values = steered.gather(1, tensors.logprob_token_ids[indices].long())
-            is_padding = tensors.logprobs[indices] == -torch.inf
-            tensors.logprobs[indices] = values.masked_fill(is_padding, -torch.inf)
-            ranks = (steered >= values[:, :1]).sum(dim=-1)  # column 0 is the sampled token
-            tensors.selected_token_ranks[indices] = ranks.to(tensors.selected_token_ranks.dtype)
-        else:
-            num_logprobs = tensors.logprob_token_ids.shape[1] - 1
-            ours = Sampler.gather_logprobs(steered, num_logprobs, token_ids=sampled[indices].long())
-            tensors.logprob_token_ids[indices] = ours.logprob_token_ids.to(tensors.logprob_token_ids.dtype)
-            tensors.logprobs[indices] = ours.logprobs
-            tensors.selected_token_ranks[indices] = ours.selected_token_ranks.to(tensors.selected_token_ranks.dtype)
-
-
-def _mark_failed(tensors: LogprobsTensors | None, result: StepResult) -> None:
-    """Put the mark of a failed row where its log-probabilities were."""
-    if tensors is not None and result.failed:
-        indices = torch.tensor([index for _, index in result.failed], device=tensors.logprobs.device)
-        tensors.logprobs[indices] = FAILED_LOGPROB
+    indices, steered = result.indices, result.steered_logprobs
+    if tensors.logprob_token_ids.numel() == 0:  # the whole vocabulary, unsorted
+        tensors.logprobs[indices] = steered
+    elif metadata.logprob_token_ids:  # tokens named by the caller; padding is minus infinity
+        values = steered.gather(1, tensors.logprob_token_ids[indices].long())
+        is_padding = tensors.logprobs[indices] == -torch.inf
+        tensors.logprobs[indices] = values.masked_fill(is_padding, -torch.inf)
+        ranks = (steered >= values[:, :1]).sum(dim=-1)  # column 0 is the sampled token
+        tensors.selected_token_ranks[indices] = ranks.to(tensors.selected_token_ranks.dtype)
+    else:
+        num_logprobs = tensors.logprob_token_ids.shape[1] - 1
+        ours = Sampler.gather_logprobs(steered, num_logprobs, token_ids=sampled[indices].long())
+        tensors.logprob_token_ids[indices] = ours.logprob_token_ids.to(tensors.logprob_token_ids.dtype)
+        tensors.logprobs[indices] = ours.logprobs
+        tensors.selected_token_ranks[indices] = ours.selected_token_ranks.to(tensors.selected_token_ranks.dtype)

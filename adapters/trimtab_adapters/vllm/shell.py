@@ -1,0 +1,104 @@
+"""What the steering core needs around it under either of vLLM's model runners.
+
+A *shell* is a logits processor of one runner's interface. Both check requests alike, steer a step without ever raising
+into the engine, and report what was sampled; only how they learn of rows and tokens differs. Bound to the parts of
+vLLM 0.32.0 that both runners share: `SamplingParams` and `LogprobsTensors`.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.outputs import LogprobsTensors
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import FAILED_LOGPROB, SteeringParams
+from trimtab_adapters.record_buffer import RecordBuffer
+from trimtab_adapters.residents import Residents
+from trimtab_adapters.steering import SteeredRow, SteeringCore, StepResult
+
+logger = logging.getLogger(__name__)
+
+NOT_ATTACHED = "the engine's recording sampler is not attached"
+"""Why rows fail before `trimtab_attach`: their failures could not be reported."""
+
+
+class SteeringShell:
+    """Base of both processors, named before vLLM's own base so that its `validate_params` is the one that is called.
+
+    Attributes:
+        boot_id: New in each worker process.
+        residents: Adapter versions of this worker.
+        records: What was sampled, until it is taken.
+        result: What the last step did; None when it steered nothing.
+    """
+
+    def __init__(self, residents: Residents) -> None:
+        self.boot_id = uuid.uuid4().hex
+        self.residents = residents
+        self.core = SteeringCore(residents.committed, vocab_size=residents.base.vocab_size)
+        self.records = RecordBuffer()
+        self.result: StepResult | None = None
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse malformed steering in the front end, with a 400."""
+        try:
+            params = SteeringParams.from_extra_args(sampling_params.extra_args)
+        except InvalidRequestError as exc:
+            raise ValueError(exc.message) from exc
+        has_logprobs = sampling_params.logprobs is not None or bool(sampling_params.logprob_token_ids)
+        if params is not None and params.active and not has_logprobs:
+            raise ValueError(
+                "a steered request must ask for logprobs (0 is enough): they are how a failed row is reported"
+            )
+
+    def forget_result(self) -> None:
+        """Drop the last step's result, so that a step without steered rows leaves none."""
+        self.result = None
+
+    def steer(self, rows: Sequence[tuple[SteeredRow, int]], logits: Tensor) -> None:
+        """One step of the core, in place. Whatever goes wrong, the rows carry it and nothing is raised.
+
+        Args:
+            rows: The steered rows whose sample counts, with their index in `logits`.
+            logits: `[num_rows, V]` float32.
+        """
+        try:
+            self.result = self.core.step(rows, logits)
+        except Exception as exc:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("a steering step failed; its rows fail")
+            for row, _ in rows:
+                row.error = row.error or f"internal error in a steering step: {type(exc).__name__}"
+            self.result = self.core.step(rows, logits)  # all rows carry an error now: nothing is computed
+
+    def report(
+        self,
+        sampled_token_ids: Tensor,
+        tensors: LogprobsTensors | None,
+        write_steered: Callable[[StepResult, LogprobsTensors], None],
+    ) -> None:
+        """After sampling: record the last step, and put its log-probabilities or its failures into vLLM's own.
+
+        Args:
+            sampled_token_ids: `[num_rows]` of the whole step, integer.
+            tensors: The step's log-probabilities, None when nobody asked for any; changed in place.
+            write_steered: Replaces the rows of the result in them; how depends on the runner's sampler.
+        """
+        result = self.result
+        if result is None:
+            return
+        try:
+            self.records.observe(result, sampled_token_ids)
+            if tensors is not None and result.rows:
+                write_steered(result, tensors)
+        except Exception:  # boundary: an exception that leaves the sampler kills the engine for good
+            logger.exception("recording failed; the steered rows of this step fail")
+            result.fail_all("internal error while recording log-probabilities")
+            self.records.observe(result, sampled_token_ids)
+        if tensors is not None and result.failed:
+            indices = torch.tensor([index for _, index in result.failed], device=tensors.logprobs.device)
+            tensors.logprobs[indices] = FAILED_LOGPROB
