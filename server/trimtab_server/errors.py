@@ -5,7 +5,7 @@
 | `RequestError` and `AdapterError` | their own (400, 401, 403, 404, 409) | their own |
 | `EngineRequestError`, engine said 4xx | the engine's | `invalid_request_error` |
 | `EngineRequestError`, engine said 5xx, 401 or 403 | 502 | `server_error` |
-| `EngineUnavailableError` | 503 and `Retry-After` | `server_error` |
+| `EngineUnavailableError`, `EngineDiedError` | 503 and `Retry-After` | `server_error` |
 | `EngineTimeoutError` | 504 | `server_error` |
 | other `TrimtabError` | their own (500, 502) | `server_error` |
 | framework errors (unknown URL, wrong method, body too large) | their own | `invalid_request_error` |
@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 
 from trimtab_adapters.contract.errors import (
     AuthenticationError,
+    EngineDiedError,
     EngineRequestError,
     EngineUnavailableError,
     TrimtabError,
@@ -71,7 +72,7 @@ def error_answer(exc: BaseException) -> ErrorAnswer:
             return _engine_refusal(exc)
         case TrimtabError():
             headers: dict[str, str] = {}
-            if isinstance(exc, EngineUnavailableError):
+            if isinstance(exc, EngineUnavailableError | EngineDiedError):
                 headers["Retry-After"] = str(exc.retry_after_s)
             elif isinstance(exc, AuthenticationError):
                 headers["WWW-Authenticate"] = "Bearer"

@@ -18,7 +18,7 @@ TrimtabError
 │   ├── EngineUnavailableError   503  no engine is ready; `retry_after_s` says when to ask again
 │   ├── EngineRequestError            the engine refused the request; carries its status and error object
 │   ├── EngineTimeoutError       504  the answer took longer than the gateway allows
-│   └── EngineDiedError          502  the engine went away in the middle of an answer
+│   └── EngineDiedError          503  the engine went away in the middle of an answer; the same request may be sent again
 ├── SteeringError                500  steering of this request failed; it is never answered unsteered
 ├── RewardError                  502  a reward could not be computed; never 0
 └── StorageError                 500  the database or the spool failed
@@ -176,10 +176,14 @@ class EngineTimeoutError(EngineError):
 
 
 class EngineDiedError(EngineError):
-    """The engine went away in the middle of an answer."""
+    """The engine went away in the middle of an answer. As an answer's status it means that nothing was delivered."""
 
-    status = 502
+    status = 503
     default_code = "engine_died"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SteeringError(TrimtabError):

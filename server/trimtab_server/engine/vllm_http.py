@@ -45,6 +45,9 @@ M = TypeVar("M", bound=BaseModel)
 _PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat.completions": "/v1/chat/completions"}
 
 # A generation may rightly be silent for minutes (queue, long prefill), so only connecting has a limit.
+DEAD_ENGINE = "EngineCore encountered an issue"
+"""How the message begins with which vLLM 0.32's server answers 500 after its engine process has died."""
+
 _GENERATE = httpx.Timeout(None, connect=5.0)
 _STATUS = httpx.Timeout(10.0, connect=5.0)
 _CALL = httpx.Timeout(60.0, connect=5.0)
@@ -180,7 +183,7 @@ class VllmEngine:
         if has_failed and request.steering is not None:
             raise await self._steering_error(request.steering)
         if not is_complete:
-            raise EngineDiedError(f"the engine {self._name} broke its answer off")
+            raise self._died()
 
     async def take_records(self, uids: Sequence[str]) -> dict[str, SteeringRecord]:
         """The records of finished candidates, by uid. Concurrent calls share one request to the engine."""
@@ -242,6 +245,9 @@ class VllmEngine:
         reason = record.error if record is not None and record.error else "the engine did not say why"
         return SteeringError(f"Steering of this request failed: {reason}")
 
+    def _died(self) -> EngineDiedError:
+        return EngineDiedError(f"the engine {self._name} broke its answer off", retry_after_s=self._retry_after_s())
+
     def _unavailable(self, what: str) -> EngineUnavailableError:
         return EngineUnavailableError(f"the engine {what}", retry_after_s=self._retry_after_s())
 
@@ -255,7 +261,7 @@ class VllmEngine:
         except httpx.TimeoutException as exc:
             raise self._unavailable(f"{self._name} does not answer") from exc
         except (httpx.HTTPError, SSEError) as exc:
-            raise EngineDiedError(f"the engine {self._name} broke its answer off") from exc
+            raise self._died() from exc
 
 
 def _payload(request: EngineRequest, *, stream: bool) -> dict[str, Any]:
@@ -318,6 +324,8 @@ def _refusal(response: httpx.Response) -> EngineError:
     message = str(error.get("message") or f"the engine answered {response.status_code}")
     if response.status_code == 503:
         return EngineUnavailableError(message)
+    if message.startswith(DEAD_ENGINE):
+        return EngineDiedError("the engine broke its answer off")
     return EngineRequestError(message, engine_status=response.status_code, error=error)
 
 
@@ -327,6 +335,8 @@ def _stream_error(error: dict[str, Any]) -> EngineError:
     message = str(error.get("message") or "the engine failed")
     if status == 503:
         return EngineUnavailableError(message)
+    if message.startswith(DEAD_ENGINE):
+        return EngineDiedError("the engine broke its answer off")
     return EngineRequestError(message, engine_status=status, error=error)
 
 

@@ -65,7 +65,8 @@ def test_a_killed_engine_is_an_error_event_then_503_then_service_again(supervise
         refused = client.post("/v1/completions", json={"model": "adapter", "prompt": "t1", "max_tokens": 2})
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"]["code"] == "engine_unavailable"
+        # For a moment the dying engine still takes connections.
+        assert refused.json()["error"]["code"] in ("engine_unavailable", "engine_died")
         assert client.get("/ready").status_code == 503
         assert client.get("/health").status_code == 200
 

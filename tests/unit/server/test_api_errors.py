@@ -218,7 +218,7 @@ ENGINE_ERRORS: list[tuple[TrimtabError, int, str]] = [
     (EngineRequestError("secret traceback", engine_status=500), 502, "The engine failed while answering"),
     (EngineRequestError("wrong engine key", engine_status=401), 502, "The engine failed while answering"),
     (EngineUnavailableError("starting", retry_after_s=3), 503, "starting"),
-    (EngineDiedError("gone"), 502, "gone"),
+    (EngineDiedError("gone", retry_after_s=3), 503, "gone"),
 ]
 
 
@@ -252,7 +252,7 @@ async def test_one_failing_candidate_fails_the_request_and_stops_the_others() ->
     gateway = build_gateway(fake=fake)
     async with asgi_client(gateway.app) as client:
         response = await client.post("/v1/completions", json={"model": "base", "prompt": "Hi", "n": 4})
-    assert response.status_code == 502
+    assert response.status_code == 503
     assert fake.observed.running == 0
     assert len(fake.observed.aborted) == 4
     assert gateway.log.rollouts == []

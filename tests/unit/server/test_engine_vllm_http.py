@@ -27,7 +27,7 @@ from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.fake import FakeEngine, Fault
 from trimtab_server.engine.fake_app import fake_vllm_app
 from trimtab_server.engine.record_taker import MAX_UIDS, RecordTaker
-from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
+from trimtab_server.engine.vllm_http import DEAD_ENGINE, VllmEngine, build_engine_client
 
 pytestmark = pytest.mark.anyio
 
@@ -263,6 +263,7 @@ async def test_an_error_inside_a_stream_has_the_status_of_its_code(error: dict[s
         (httpx.Response(404, json={"error": "Not here"}), EngineRequestError, "Not here"),
         (httpx.Response(500, text="<html>"), EngineRequestError, "answered 500"),
         (httpx.Response(503, json={"error": {"message": "busy"}}), EngineUnavailableError, "busy"),
+        (httpx.Response(500, json={"error": {"message": f"{DEAD_ENGINE}. See"}}), EngineDiedError, "broke"),
         (httpx.Response(200, text="<html>"), EngineError, "unexpected form"),
         (httpx.Response(200, json={"choices": []}), EngineError, "unexpected form"),
         (httpx.Response(200, json=[]), EngineError, "unexpected form"),

@@ -91,7 +91,7 @@ def test_a_failing_request_fails_the_call_and_stops_the_rest(gateway: Any) -> No
         (error(422), InvalidRequestError),
         (error(500), EngineError),
         (error(502, "reward_failed"), RewardError),
-        (error(502, "engine_died"), EngineDiedError),
+        (error(503, "engine_died"), EngineDiedError),
         (error(503), EngineUnavailableError),
         (httpx.Response(500, text="<html>"), EngineError),
         (httpx.Response(500, json=["x"]), EngineError),
@@ -111,7 +111,12 @@ def test_an_error_answer_is_the_exception_that_it_stands_for(
 
 @pytest.mark.parametrize(
     "answer",
-    [error(503, Retry_After="0"), error(429, Retry_After="0"), httpx.ConnectError("x"), error(502, "engine_died")],
+    [
+        error(503, Retry_After="0"),
+        error(429, Retry_After="0"),
+        httpx.ConnectError("x"),
+        error(503, "engine_died", Retry_After="0"),
+    ],
 )
 def test_a_busy_or_restarting_gateway_is_asked_again(gateway: Any, answer: Any) -> None:
     gateway.answers = [answer]

@@ -125,11 +125,11 @@ class InternalServerError(APIStatusError):
 
 
 class BadGatewayError(InternalServerError):
-    """502: the engine went away, or a reward could not be computed."""
+    """502: the engine failed, or a reward could not be computed."""
 
 
 class ServiceUnavailableError(InternalServerError):
-    """503: no engine is ready."""
+    """503: no engine is ready, or it went away; the same request may be sent again."""
 
 
 STATUS_CLASSES: Mapping[int, type[APIStatusError]] = {
@@ -147,7 +147,7 @@ STATUS_CLASSES: Mapping[int, type[APIStatusError]] = {
 
 STREAM_STATUSES: Mapping[str, int] = {
     "engine_unavailable": 503,
-    "engine_died": 502,
+    "engine_died": 503,
     "engine_error": 502,
     "reward_failed": 502,
     "invalid_request_error": 400,
