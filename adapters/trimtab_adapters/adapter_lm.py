@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trimtab_adapters.attention import ATTENTION_NAME, PagedBatch
+from trimtab_adapters.attention import ATTENTION_NAME, AttentionKernel, PagedBatch
 from trimtab_adapters.contract.errors import AdapterError, WeightsError
 from trimtab_adapters.kv_pool import KvBudget, KvGeometry, KvPool, SequenceCache
+from trimtab_adapters.torch_attention import TorchKernel
 
 _SELF_TEST_TOKENS = 24
 _SELF_TEST_TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
@@ -26,7 +27,7 @@ class AdapterLM:
     Build it with `load_adapter_lm`. Not safe for concurrent use.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, kernels: Sequence[AttentionKernel] = ()) -> None:
         self.model = model
         self.device = device
         config = model.config.get_text_config()
@@ -42,6 +43,12 @@ class AdapterLM:
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
             dtype=model.dtype,
         )
+        self.kernel = next((k for k in kernels if k.supports(self.geometry, device)), None) or TorchKernel()
+        """Of versions that share a pool all have the same: it depends on geometry and device alone."""
+
+    def batch(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> PagedBatch:
+        """The packed pass over rows that were extended by so many new tokens each."""
+        return PagedBatch(pool, sequences, num_new, self.kernel)
 
     @torch.inference_mode()
     def forward(self, batch: PagedBatch, rows: Sequence[int] | None = None) -> Tensor:
@@ -72,13 +79,20 @@ def _distinct_parameters(model: Any) -> list[Tensor]:
     return list({p.data_ptr(): p for p in model.parameters()}.values())
 
 
-def load_adapter_lm(directory: Path, device: torch.device, *, dtype: torch.dtype | None = None) -> AdapterLM:
+def load_adapter_lm(
+    directory: Path,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    kernels: Sequence[AttentionKernel] = (),
+) -> AdapterLM:
     """Load an adapter LM from a directory and check that it works here before anybody depends on it.
 
     Args:
         directory: `config.json` and safetensors weights.
         device: Where it will run.
         dtype: Type of weights and cache; the directory's own when None.
+        kernels: Attention kernels to choose from; the first that supports the model wins, else `TorchKernel`.
 
     Raises:
         AdapterError: Not a causal LM that transformers knows, or an attention that is not supported.
@@ -100,7 +114,7 @@ def load_adapter_lm(directory: Path, device: torch.device, *, dtype: torch.dtype
         raise AdapterError(f"{directory} cannot be loaded as a causal LM: {exc}") from exc
     _check_weights(model, report)
     model = model.to(device).eval().requires_grad_(False)
-    adapter = AdapterLM(model, device)
+    adapter = AdapterLM(model, device, kernels)
     _self_test(adapter)
     return adapter
 
@@ -129,9 +143,9 @@ def _self_test(adapter: AdapterLM) -> None:
         tokens, middle = ids.tolist(), length // 2
         pool.extend(whole, tokens)
         pool.extend(halves, tokens[:middle])
-        first = adapter.forward(PagedBatch(pool, [whole, halves], [length, middle]))
+        first = adapter.forward(adapter.batch(pool, [whole, halves], [length, middle]))
         pool.extend(halves, tokens[middle:])
-        second = adapter.forward(PagedBatch(pool, [halves], [length - middle]))
+        second = adapter.forward(adapter.batch(pool, [halves], [length - middle]))
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as exc:
         raise AdapterError(f"a {model.config.model_type} model cannot be run as an adapter LM: {exc}") from exc
     got = torch.log_softmax(torch.cat((first, second)).float(), dim=-1)

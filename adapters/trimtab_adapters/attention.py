@@ -4,41 +4,39 @@ transformers lets a model's attention be replaced by name. Ours gets the new tok
 sequence of length T, writes their keys and values into the pool and lets each row attend to its own blocks. So every
 linear layer sees one matrix of T rows, whatever mixture of decoding and prefilling rows the step has.
 
-Letters: T new tokens of all rows, R rows, H query heads, K key/value heads, G = H / K, D head size, L longest context.
+How keys and values lie in a block and how they are read is the kernel's business: `TorchKernel` runs everywhere, an
+engine may bring a faster one for its device.
+
+Letters: T new tokens of all rows, R rows, H query heads, K key/value heads, D head size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from trimtab_adapters.kv_pool import BLOCK_SIZE, KvPool, SequenceCache
+from trimtab_adapters.kv_pool import BLOCK_SIZE, KvGeometry, KvPool, SequenceCache
 
 ATTENTION_NAME = "trimtab_paged"
-_MAX_SCORES = 1 << 24
-"""Most attention scores (rows x heads x queries x keys) of one padded prefill group: bounds its memory to 64 MiB."""
 
 
-@dataclass(frozen=True, slots=True)
-class _RowGroup:
-    """Rows that attend together, padded to the same number of queries and blocks.
+class AttentionKernel(Protocol):
+    """Reads and writes the blocks of a pool. It has no state of its own; what a batch needs is in its plan."""
 
-    Attributes:
-        query_index: `[R, Q]` positions in the packed sequence; padding repeats the row's first query.
-        blocks: `[R * num_blocks]` block numbers, padded with 0.
-        mask: `[R, 1, Q, L]` True where a query may look.
-        is_query: `[R, Q]` False at padding, None when there is none.
-    """
+    def supports(self, geometry: KvGeometry, device: torch.device) -> bool:
+        """Whether it can serve adapter LMs of this geometry on this device."""
 
-    query_index: Tensor
-    blocks: Tensor
-    mask: Tensor
-    is_query: Tensor | None
+    def write(self, batch: "PagedBatch", layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the new tokens' keys and values, each `[T, K, D]`."""
+
+    def plan(self, batch: "PagedBatch", num_heads: int, sliding_window: int | None) -> Any:
+        """What is the same in all layers with this window, computed once a pass."""
+
+    def attend(self, batch: "PagedBatch", plan: Any, layer: int, queries: Tensor, scaling: float) -> Tensor:
+        """Attention of `[T, H, D]` queries over each row's own context, its new tokens included; `[T, H, D]`."""
 
 
 class PagedBatch:
@@ -48,112 +46,58 @@ class PagedBatch:
         pool: Where keys and values live.
         sequences: The rows, already extended by their new tokens.
         num_new: Number of new tokens of each row, at least 1.
-        sliding_window: How far back a token may look, or None.
+        kernel: Reads and writes the pool's blocks.
+
+    Attributes:
+        lengths: `[R]` tokens of each row, new ones included; `num_new` `[R]` of them are new, and begin at `starts`
+            `[R]` in the packed sequence. `tables` `[R, blocks]` holds block numbers, padded with 0. All on the host.
+        token_ids: `[T]` the packed new tokens, with their `positions` `[T]` in their rows and `slots` `[T]`, the
+            places of their keys in the pool counted in tokens. On the pool's device.
+        last_index: `[R]` place of each row's last token in the packed sequence.
     """
 
-    def __init__(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> None:
+    def __init__(
+        self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int], kernel: AttentionKernel
+    ) -> None:
         self.pool = pool
+        self.kernel = kernel
+        num_rows = len(sequences)
+        self.lengths = np.fromiter((len(s.tokens) for s in sequences), np.int64, num_rows)
+        self.num_new = new = np.asarray(num_new, np.int64)
+        self.tables = tables = np.zeros((num_rows, max(len(s.blocks) for s in sequences)), np.int64)
         token_ids: list[int] = []
-        lengths = np.fromiter((len(s.tokens) for s in sequences), np.int64, len(sequences))
-        new = np.asarray(num_new, np.int64)
-        for sequence, count in zip(sequences, num_new, strict=True):
-            token_ids.extend(sequence.tokens[-count:])
-        tables = np.zeros((len(sequences), max(len(s.blocks) for s in sequences)), np.int64)
-        for row, sequence in enumerate(sequences):
+        for row, (sequence, count) in enumerate(zip(sequences, num_new, strict=True)):
             tables[row, : len(sequence.blocks)] = sequence.blocks
-        starts = np.concatenate(([0], np.cumsum(new)[:-1]))
-        row_of = np.repeat(np.arange(len(sequences)), new)
-        positions = np.arange(len(token_ids)) - starts[row_of] + (lengths - new)[row_of]
+            token_ids.extend(sequence.tokens[-count:])
+        self.starts = np.concatenate(([0], np.cumsum(new)[:-1]))
+        row_of = np.repeat(np.arange(num_rows), new)
+        positions = np.arange(len(token_ids)) - self.starts[row_of] + (self.lengths - new)[row_of]
         slots = tables[row_of, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        self._lengths, self._new, self._starts, self._tables = lengths, new, starts, tables
-        self._groups: dict[int | None, list[_RowGroup]] = {}
-        self.token_ids = self._to_device(np.asarray(token_ids, np.int64))
-        self.positions = self._to_device(positions)
-        self.slots = self._to_device(slots)
-        self.last_index = self._to_device(starts + new - 1)
+        self._plans: dict[int | None, Any] = {}
+        self.token_ids = self.to_device(np.asarray(token_ids, np.int64))
+        self.positions = self.to_device(positions)
+        self.slots = self.to_device(slots)
+        self.last_index = self.to_device(self.starts + new - 1)
 
-    def _to_device(self, values: "np.ndarray[Any, Any]") -> Tensor:
+    def to_device(self, values: "np.ndarray[Any, Any]") -> Tensor:
+        """A host array on the pool's device."""
         return torch.from_numpy(values).to(self.pool.device, non_blocking=True)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the new tokens' keys and values, each `[T, K, D]`."""
-        for pooled, new in ((self.pool.keys[layer], keys), (self.pool.values[layer], values)):
-            pooled.flatten(0, 1).index_copy_(0, self.slots, new.to(pooled.dtype))
-
-    def attend(self, layer: int, queries: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
-        """Attention of `[T, H, D]` queries over each row's own context; returns `[T, H, D]`."""
-        groups = self._groups.get(sliding_window)
-        if groups is None:
-            groups = self._groups[sliding_window] = self._build_groups(queries.shape[1], sliding_window)
-        pool_keys, pool_values = self.pool.keys[layer], self.pool.values[layer]
-        if len(groups) == 1 and groups[0].query_index.shape[1] == 1:
-            return _attend_group(groups[0], queries, pool_keys, pool_values, scaling)[:, 0]
-        output = torch.empty_like(queries)
-        for group in groups:
-            result = _attend_group(group, queries, pool_keys, pool_values, scaling)
-            index = group.query_index
-            if group.is_query is None:
-                output[index.flatten()] = result.flatten(0, 1)
-            else:
-                output[index[group.is_query]] = result[group.is_query]
-        return output
-
-    def _build_groups(self, num_heads: int, sliding_window: int | None) -> list[_RowGroup]:
-        order = np.lexsort((self._lengths, self._new))
-        groups: list[_RowGroup] = []
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and self._fits(order[start : stop + 1], num_heads):
-                stop += 1
-            rows = order[start:stop]
-            # With only decoding rows their order is kept, so that the result needs no scatter.
-            groups.append(self._build_group(np.sort(rows), sliding_window))
-            start = stop
-        return groups
-
-    def _fits(self, rows: "np.ndarray[Any, Any]", num_heads: int) -> bool:
-        """Whether rows may share a padded group: all decoding, or similar prefills whose scores fit the bound."""
-        shortest, longest = self._new[rows[0]], self._new[rows[-1]]
-        if longest == 1:
-            return True
-        if shortest == 1 or longest > 2 * shortest:
-            return False
-        return bool(len(rows) * num_heads * longest * self._lengths[rows].max() <= _MAX_SCORES)
-
-    def _build_group(self, rows: "np.ndarray[Any, Any]", sliding_window: int | None) -> _RowGroup:
-        new, lengths = self._new[rows], self._lengths[rows]
-        num_queries = int(new.max())
-        num_blocks = int(-(-lengths.max() // BLOCK_SIZE))
-        offset = np.arange(num_queries)
-        is_query = offset < new[:, None]
-        query_index = self._starts[rows][:, None] + np.where(is_query, offset, 0)
-        query_position = (lengths - new)[:, None] + np.where(is_query, offset, 0)
-        key_position = np.arange(num_blocks * BLOCK_SIZE)
-        mask = key_position <= query_position[:, :, None]
-        if sliding_window is not None:
-            mask &= key_position > query_position[:, :, None] - sliding_window
-        return _RowGroup(
-            query_index=self._to_device(query_index),
-            blocks=self._to_device(np.ascontiguousarray(self._tables[rows, :num_blocks]).reshape(-1)),
-            mask=self._to_device(mask)[:, None],
-            is_query=None if is_query.all() else self._to_device(is_query),
-        )
-
-
-def _attend_group(group: _RowGroup, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one padded group, `[R, Q, H, D]`. Heads that share keys are folded into the query dimension."""
-    num_rows, num_queries = group.query_index.shape
-    num_kv_heads, head_dim = keys.shape[-2:]
-    num_groups = queries.shape[1] // num_kv_heads
-    q = queries[group.query_index.flatten()].view(num_rows, num_queries, num_kv_heads, num_groups, head_dim)
-    q = q.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv_heads, num_groups * num_queries, head_dim)
-    k = keys.index_select(0, group.blocks).view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2)
-    v = values.index_select(0, group.blocks).view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2)
-    mask = group.mask if num_groups == 1 else group.mask.repeat(1, 1, num_groups, 1)
-    out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, scale=scaling)
-    out = out.view(num_rows, num_kv_heads, num_groups, num_queries, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(num_rows, num_queries, num_kv_heads * num_groups, head_dim).to(queries.dtype)
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Store the new keys and values, `[T, K, D]`, and attend with `[T, H, D]` queries; returns `[T, H, D]`."""
+        self.kernel.write(self, layer, keys, values)
+        if sliding_window not in self._plans:
+            self._plans[sliding_window] = self.kernel.plan(self, queries.shape[1], sliding_window)
+        return self.kernel.attend(self, self._plans[sliding_window], layer, queries, scaling)
 
 
 def paged_attention(
@@ -178,11 +122,14 @@ def paged_attention(
         raise ValueError("paged attention was called without a batch")
     if softcap is not None or s_aux is not None:
         raise ValueError("soft-capped attention and attention sinks are not supported")
-    layer = module.layer_idx
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    trimtab_batch.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    output = trimtab_batch.attend(layer, query[0].transpose(0, 1), scaling, sliding_window)
+    output = trimtab_batch.attend(
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+    )
     return output[None], None
 
 

@@ -34,10 +34,14 @@ class KvGeometry:
     dtype: torch.dtype
 
     @property
+    def block_elements(self) -> int:
+        """Numbers in one block of one layer, keys and values."""
+        return 2 * BLOCK_SIZE * self.num_kv_heads * self.head_dim
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers, keys and values."""
-        per_layer = BLOCK_SIZE * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return 2 * self.num_layers * per_layer
+        """Bytes of one block over all layers."""
+        return self.num_layers * self.block_elements * self.dtype.itemsize
 
 
 class KvBudget:
@@ -87,6 +91,10 @@ class KvPool:
     """Blocks of one geometry. Grows within the budget by doubling, so memory is taken only when it is used.
 
     Block 0 is never handed out: padded entries of block tables point to it.
+
+    Attributes:
+        layers: For each layer `[num_blocks, elements of a block]`, keys and values together. How a block is laid out
+            inside is known to the attention kernel alone.
     """
 
     def __init__(self, geometry: KvGeometry, budget: KvBudget, device: torch.device, *, min_blocks: int = 64) -> None:
@@ -94,8 +102,7 @@ class KvPool:
         self.budget = budget
         self.device = device
         self.counters = PoolCounters()
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.layers: list[Tensor] = []
         self.num_blocks = 0
         self._references: list[int] = []
         self._names: list[bytes | None] = []
@@ -233,15 +240,15 @@ class KvPool:
         num_more = self.budget.affordable(num_more * block_bytes) // block_bytes
         if num_more <= 0:
             return False
-        shape = (self.num_blocks + num_more, BLOCK_SIZE, self.geometry.num_kv_heads, self.geometry.head_dim)
-        for tensors in (self.keys, self.values):
-            for layer in range(self.geometry.num_layers):
-                grown = torch.zeros(shape, dtype=self.geometry.dtype, device=self.device)
-                if self.num_blocks:
-                    grown[: self.num_blocks] = tensors[layer]
-                    tensors[layer] = grown
-                else:
-                    tensors.append(grown)
+        shape = (self.num_blocks + num_more, self.geometry.block_elements)
+        for layer in range(self.geometry.num_layers):
+            # Zeros, because kernels multiply what lies behind a row's end by 0, and 0 times NaN is NaN.
+            grown = torch.zeros(shape, dtype=self.geometry.dtype, device=self.device)
+            if self.num_blocks:
+                grown[: self.num_blocks] = self.layers[layer]
+                self.layers[layer] = grown
+            else:
+                self.layers.append(grown)
         first = max(self.num_blocks, 1)
         self.num_blocks += num_more
         self._references.extend([0] * num_more)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
-from trimtab_adapters.attention import PagedBatch
+from trimtab_adapters.attention import AttentionKernel
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -84,7 +84,7 @@ class ResidentVersion:
             if not packed:
                 self._make_room(caches, token_ids, pending, waiting, victims)
                 continue
-            batch = PagedBatch(self.pool, [caches[number] for number in packed], counts)
+            batch = self.adapter.batch(self.pool, [caches[number] for number in packed], counts)
             done = [place for place, number in enumerate(packed) if number in finished]
             result = self.adapter.forward(batch, done if len(done) < len(packed) else None)
             if len(done) == len(caches):
@@ -176,11 +176,18 @@ class Residents:
     """
 
     def __init__(
-        self, base: BaseModel, device: torch.device, *, kv_bytes: int, dtype: torch.dtype | None = None
+        self,
+        base: BaseModel,
+        device: torch.device,
+        *,
+        kv_bytes: int,
+        dtype: torch.dtype | None = None,
+        kernels: Sequence[AttentionKernel] = (),
     ) -> None:
         self.base = base
         self.device = device
         self.dtype = dtype
+        self.kernels = kernels
         self.budget = KvBudget(kv_bytes)
         self.committed: dict[VersionId, ResidentVersion] = {}
         self._loading: dict[VersionId, tuple[str, Future[tuple[Manifest, AdapterLM]]]] = {}
@@ -210,7 +217,7 @@ class Residents:
             if manifest.version_id != version:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
-            adapter = load_adapter_lm(path, self.device, dtype=self.dtype)
+            adapter = load_adapter_lm(path, self.device, dtype=self.dtype, kernels=self.kernels)
             check_fit(manifest, adapter, self.base)
             future.set_result((manifest, adapter))
         except Exception as exc:  # noqa: BLE001 - handed to the caller of `poll`, which translates it

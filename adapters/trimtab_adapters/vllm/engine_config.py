@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.config import VllmConfig
 from vllm.tokenizers import get_tokenizer
 
+from trimtab_adapters.attention import AttentionKernel
 from trimtab_adapters.contract.manifest import vocabulary_fingerprint
 from trimtab_adapters.residents import BaseModel as BaseLM
 from trimtab_adapters.residents import Residents
@@ -54,4 +55,18 @@ def build_residents(vllm_config: VllmConfig, device: torch.device) -> Residents:
     """The empty set of resident versions of a worker."""
     config = read_engine_config(vllm_config)
     dtype = getattr(torch, config.dtype) if config.dtype else None
-    return Residents(describe_base(vllm_config), torch.device(device), kv_bytes=config.kv_bytes, dtype=dtype)
+    return Residents(
+        describe_base(vllm_config),
+        torch.device(device),
+        kv_bytes=config.kv_bytes,
+        dtype=dtype,
+        kernels=_kernels(torch.device(device)),
+    )
+
+
+def _kernels(device: torch.device) -> list[AttentionKernel]:
+    if device.type != "cpu":
+        return []
+    from trimtab_adapters.vllm.cpu_attention import CpuKernel  # noqa: PLC0415 - exists in vLLM's CPU build only
+
+    return [CpuKernel()]

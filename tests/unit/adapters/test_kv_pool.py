@@ -18,7 +18,7 @@ def pool_of(num_blocks: int, *, min_blocks: int | None = None) -> KvPool:
 
 def test_a_block_takes_the_bytes_that_the_budget_counts() -> None:
     pool = pool_of(3)
-    real = sum(t.numel() * t.element_size() for t in (*pool.keys, *pool.values))
+    real = sum(t.numel() * t.element_size() for t in pool.layers)
     assert real == 4 * GEOMETRY.block_bytes == pool.budget.allocated_bytes
 
 
@@ -68,10 +68,10 @@ def test_the_pool_grows_within_its_budget_and_keeps_its_content() -> None:
     assert pool.num_blocks == 2
     sequence = SequenceCache(root=b"v")
     pool.extend(sequence, [1])
-    pool.keys[0][sequence.blocks[0]] = 5.0
+    pool.layers[0][sequence.blocks[0]] = 5.0
     pool.extend(sequence, list(range(6 * BLOCK_SIZE)))
     assert pool.num_blocks == 8
-    assert bool((pool.keys[0][sequence.blocks[0]] == 5.0).all())
+    assert bool((pool.layers[0][sequence.blocks[0]] == 5.0).all())
     assert pool.budget.allocated_bytes == pool.budget.total_bytes
 
 
