@@ -15,7 +15,10 @@ from trimtab_adapters.contract.errors import TrimtabError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.vllm.cpu_generators import replace_generators
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
+from trimtab_adapters.vllm.processor_v2 import SteeringProcessorV2
 from trimtab_adapters.vllm.recording import RecordingSampler
+from trimtab_adapters.vllm.recording_v2 import RecordingSamplerV2
+from trimtab_adapters.vllm.shell import SteeringShell
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,22 +31,23 @@ class TrimtabWorkerExtension:
         model_runner: Any
         vllm_config: VllmConfig
 
-    def _trimtab_processor(self) -> SteeringProcessor:
-        for processor in self.model_runner.input_batch.logitsprocs.all:
-            if isinstance(processor, SteeringProcessor):
+    def _trimtab_processor(self) -> SteeringShell:
+        runner = self.model_runner
+        uses_v2 = self.vllm_config.use_v2_model_runner
+        for processor in runner.sampler.logits_processors if uses_v2 else runner.input_batch.logitsprocs.all:
+            if isinstance(processor, SteeringShell):
                 return processor
         raise RuntimeError("the engine was started without Trimtab's logits processor")
 
     def trimtab_attach(self) -> dict[str, Any]:
-        """Install the recording sampler and give the processor the runner's discard mask. Idempotent."""
+        """Install the recording sampler and give the processor what only the runner knows. Idempotent."""
         processor, runner = self._trimtab_processor(), self.model_runner
-        if not isinstance(runner.sampler, RecordingSampler):
-            if runner.sampler.logprobs_mode != "raw_logprobs":
-                raise RuntimeError("Trimtab needs --logprobs-mode raw_logprobs")
-            runner.sampler = RecordingSampler(runner.sampler, processor)
-        processor.discarded = lambda num_rows: runner.discard_request_mask.np[:num_rows]
-        if runner.device.type == "cpu":
-            processor.before_step = lambda: replace_generators(runner)
+        if runner.sampler.logprobs_mode != "raw_logprobs":
+            raise RuntimeError("Trimtab needs --logprobs-mode raw_logprobs")
+        if isinstance(processor, SteeringProcessorV2):
+            _attach_v2(processor, runner)
+        elif isinstance(processor, SteeringProcessor):
+            _attach_v1(processor, runner)
         return self.trimtab_status()
 
     def trimtab_status(self) -> dict[str, Any]:
@@ -54,7 +58,7 @@ class TrimtabWorkerExtension:
         return EngineStatus(
             boot_id=processor.boot_id,
             vllm_version=vllm.__version__,
-            runner="v1",
+            runner="v2" if isinstance(processor, SteeringProcessorV2) else "v1",
             model=served if isinstance(served, str) else (served or [config.model])[0],
             max_model_len=config.max_model_len,
             vocab_size=residents.base.vocab_size,
@@ -96,6 +100,27 @@ class TrimtabWorkerExtension:
     def trimtab_take(self, uids: list[str]) -> list[dict[str, Any]]:
         """Remove and return the records of finished candidates."""
         return [record.model_dump() for record in self._trimtab_processor().records.take(uids)]
+
+
+def _attach_v1(processor: SteeringProcessor, runner: Any) -> None:
+    if not isinstance(runner.sampler, RecordingSampler):
+        runner.sampler = RecordingSampler(runner.sampler, processor)
+    processor.discarded = lambda num_rows: runner.discard_request_mask.np[:num_rows]
+    if runner.device.type == "cpu":
+        processor.before_step = lambda: replace_generators(runner)
+
+
+def _attach_v2(processor: SteeringProcessorV2, runner: Any) -> None:
+    """Refuses what would sample past the recording sampler.
+
+    Raises:
+        RuntimeError: A request may have several rows in a step, or another sampler is in use.
+    """
+    if runner.decode_query_len != 1 or runner.rejection_sampler is not None or runner.batch_sharder is not None:
+        raise RuntimeError("Trimtab needs one logits row per request: this model, or an option, samples otherwise")
+    if not isinstance(runner.sampler, RecordingSamplerV2):
+        runner.sampler = RecordingSamplerV2(runner.sampler, processor)
+    processor.request_at = lambda slot: runner.req_states.index_to_req_id.get(slot)
 
 
 def _refusal(exc: TrimtabError) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""The steering core under vLLM's Model Runner V2: a logits processor keyed by request slot.
+
+Bound to `vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor` of vLLM 0.32.0. What this shell has to know of the
+runner:
+
+- A request has a *slot* from `add_request` until it finishes, is aborted or preempted. Nobody says when: slots are
+  recycled, last freed first, and `add_request` for a slot is the only sign. So it closes the slot's row, and each step
+  asks the runner's own table (`request_at`) which rows' requests are gone.
+- A preempted request comes back as a new one, in any slot, with all its tokens as its prefill.
+- `add_request` comes before the runner has written the request's tokens; they are on the device, never on the host.
+- `apply_staged_writes` comes in every step, `apply` only when a scheduled request of any processor wants it.
+- Rows of the logits are sorted anew in every step; without speculative decoding a scheduled request has one, also in
+  chunked prefill, where its sample is thrown away.
+- Warm-up sends requests of its own through all this, without `extra_args`.
+- An exception that leaves a processor kills the engine for good.
+
+The core keeps token ids on the host. So each step that steers copies the newest ids there, of all rows at once, with
+the whole history of those rows that are new or came back: exactly one copy, which waits for the step's forward pass.
+That is accepted in this first version; the core's own check for NaN waits at the same place.
+
+V2 applies penalties, logit bias and bad words *before* custom processors, V1 applies penalties after them. Presence and
+frequency penalties are sums and commute with steering; a repetition penalty multiplies, so here it scales the base's
+logits alone, under V1 the steered ones, and the two sample from different distributions. In records, "base" is here
+what the penalties left of it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import SteeringParams
+from trimtab_adapters.steering import SteeredRow
+from trimtab_adapters.vllm.engine_config import build_residents
+from trimtab_adapters.vllm.shell import NOT_ATTACHED, SteeringShell
+
+logger = logging.getLogger(__name__)
+
+_UNREADABLE = SteeringParams(uid="unreadable", adapters=[])
+"""Stands for parameters that cannot be parsed, which the front end refuses; one record serves all of them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Occupant:
+    """The steered row in a slot, and the runner's id of the request that it belongs to; None before attaching."""
+
+    row: SteeredRow
+    request_id: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scheduled:
+    """A steered row whose sample counts in this step: its logits row, its slot, its tokens including the newest."""
+
+    row: SteeredRow
+    index: int
+    slot: int
+    num_tokens: int
+
+
+class SteeringProcessorV2(SteeringShell, LogitsProcessor):
+    """Adds adapter log-probabilities to the logits of the slots that asked for it.
+
+    The worker extension attaches `request_at`, the runner's table of which request has a slot, together with the
+    recording sampler. Until then steered requests fail, because their failures could not be reported.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
+        _refuse_unsupported(vllm_config)
+        super().__init__(build_residents(vllm_config, req_states.device))
+        self.request_at: Callable[[int], str | None] | None = None
+        self._req_states = req_states
+        self._occupants: dict[int, _Occupant] = {}
+
+    @override
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        try:
+            self._close(req_idx)
+            row = self._open(req_idx, sampling_params)
+        except Exception:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("a request could not be admitted; it fails")
+            row = self.core.open(_UNREADABLE, (), ())
+            row.error = "internal error while admitting the request"
+        if row is None:
+            return False
+        self._occupants[req_idx] = _Occupant(row, self.request_at(req_idx) if self.request_at is not None else None)
+        return True
+
+    def _open(self, slot: int, sampling_params: SamplingParams) -> SteeredRow | None:
+        """The row of a request that wants steering; its tokens are read with its first sample."""
+        try:
+            params = SteeringParams.from_extra_args(sampling_params.extra_args)
+        except InvalidRequestError as exc:
+            row = self.core.open(_UNREADABLE, (), ())
+            row.error = exc.message
+            return row
+        if params is None or not params.active:
+            return None
+        row = self.core.open(params, (), ())
+        row.num_prompt_tokens = int(self._req_states.prompt_len.np[slot])
+        if self.request_at is None:
+            row.error = row.error or NOT_ATTACHED
+        return row
+
+    def _close(self, slot: int) -> None:
+        occupant = self._occupants.pop(slot, None)
+        if occupant is not None:
+            self.core.close(occupant.row)
+
+    @override
+    def apply_staged_writes(self) -> None:
+        """Once per step, after requests came and went: let go of what belongs to requests that are gone."""
+        self.result = None
+        try:
+            if self.request_at is not None:
+                for slot, occupant in list(self._occupants.items()):
+                    if occupant.request_id is not None and self.request_at(slot) != occupant.request_id:
+                        self._close(slot)
+            self.residents.sweep()
+        except Exception:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("rows of departed requests could not be closed; they are tried again in the next step")
+
+    @override
+    def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
+        self.result = None
+        scheduled = self._scheduled(logits.shape[0], ctx)
+        if not scheduled:
+            return logits
+        try:
+            self._read_tokens(scheduled, ctx)
+        except Exception as exc:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("token ids could not be read; the steered rows of this step fail")
+            for member in scheduled:
+                member.row.error = member.row.error or f"internal error while reading tokens: {type(exc).__name__}"
+        self.steer([(member.row, member.index) for member in scheduled], logits)
+        return logits
+
+    def _scheduled(self, num_rows: int, ctx: LogitsContext) -> list[_Scheduled]:
+        """The steered rows of this step whose sample counts. Reads host memory only."""
+        slots: list[int] = ctx.idx_mapping_np.tolist()
+        has_one_row_each = len(slots) == num_rows
+        if not has_one_row_each:  # draft tokens, refused at start: each of their rows must be seen to fail
+            slots = ctx.expanded_idx_mapping.tolist()
+        found: list[_Scheduled] = []
+        for index, slot in enumerate(slots):
+            occupant = self._occupants.get(slot)
+            if occupant is None:
+                continue
+            num_tokens = 0
+            if has_one_row_each:
+                num_tokens = int(ctx.seq_lens_upper_bound_np[index])  # exact without speculative decoding
+                if num_tokens < self._req_states.prefill_len.np[slot]:
+                    continue
+            else:
+                occupant.row.error = occupant.row.error or "the engine sampled several rows of one request"
+            found.append(_Scheduled(occupant.row, index, slot, num_tokens))
+        return found
+
+    def _read_tokens(self, scheduled: Sequence[_Scheduled], ctx: LogitsContext) -> None:
+        """Bring the rows' tokens up to date with one copy from the device."""
+        healthy = [member for member in scheduled if member.row.error is None]
+        histories: list[tuple[_Scheduled, int]] = []
+        pieces: list[Tensor] = [ctx.input_ids]
+        for member in healthy:
+            num_known = len(member.row.tokens)
+            if member.num_tokens < num_known:
+                member.row.error = "the engine went back behind tokens that it had sampled"
+            elif member.num_tokens > num_known + 1:  # new, or back after preemption
+                pieces.append(self._req_states.all_token_ids.gpu[member.slot, num_known : member.num_tokens])
+                histories.append((member, member.num_tokens - num_known))
+        if not healthy:
+            return
+        # The token that a row was fed is the newest one that its sample depends on.
+        token_ids: list[int] = (torch.cat(pieces) if histories else ctx.input_ids).tolist()
+        for member in healthy:
+            if member.row.error is None and member.num_tokens == len(member.row.tokens) + 1:
+                member.row.append(token_ids[member.index : member.index + 1])
+        start = ctx.input_ids.shape[0]
+        for member, count in histories:
+            member.row.append(token_ids[start : start + count])
+            start += count
+
+
+def _refuse_unsupported(vllm_config: Any) -> None:
+    """Stop an engine at its start whose rows could not be steered.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    if vllm_config.speculative_config is not None:
+        raise ValueError("speculative decoding and steering do not go together: draft tokens would not be steered")
+    if vllm_config.model_config.enable_prompt_embeds:
+        raise ValueError("prompt embeddings cannot be steered, because an adapter LM reads token ids")
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise ValueError("batch-sharded sampling scatters a step's rows over workers; steering needs all in each")
