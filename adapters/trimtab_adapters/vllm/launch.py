@@ -12,10 +12,20 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 SUPPORTED_VLLM = "0.32."
-PROCESSOR_V1 = "trimtab_adapters.vllm.processor_v1:SteeringProcessor"
+Runner = Literal["v1", "v2"]
+PROCESSORS: dict[Runner, str] = {
+    "v1": "trimtab_adapters.vllm.processor_v1:SteeringProcessor",
+    "v2": "trimtab_adapters.vllm.processor_v2:SteeringProcessorV2",
+}
+INTERFACES: dict[Runner, str] = {
+    "v1": "vllm.v1.sample.logits_processor.LogitsProcessor",
+    "v2": "vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor",
+}
+"""What vLLM's two model runners take as a logits processor; neither takes the other's."""
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 WORKER_EXTENSION = "trimtab_adapters.vllm.worker_extension.TrimtabWorkerExtension"
 ENDPOINT_PLUGIN = "trimtab"
 DEFAULT_PORT = 8100
@@ -43,13 +53,14 @@ def main(argv: list[str]) -> int:
     if own.die_with_parent:
         die_with_parent()
     try:
-        _prepare_environment(rest)
+        _prepare_environment(rest, own.model_runner)
         args = _parse_vllm(["--help"] if own.vllm_help else rest)
-        check(args, dict(os.environ))
+        runner = resolve_runner(args)
+        check(args, dict(os.environ), runner)
     except LaunchError as exc:
         print(f"trimtab engine: {exc}", file=sys.stderr)
         return 2
-    _add_plugins(args, own)
+    _add_plugins(args, own, runner)
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
@@ -59,7 +70,10 @@ def main(argv: list[str]) -> int:
 
 def _own_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="trimtab engine", add_help=False, description="Run a vLLM server that steers with adapter LMs."
+        prog="trimtab engine",
+        add_help=False,
+        allow_abbrev=False,  # or vLLM's --model would be taken for --model-runner
+        description="Run a vLLM server that steers with adapter LMs.",
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this help")
     parser.add_argument("--vllm-help", action="store_true", help="show vLLM's own flags")
@@ -70,6 +84,12 @@ def _own_parser() -> ArgumentParser:
         "--adapter-dtype",
         choices=("float32", "bfloat16", "float16"),
         help="type of adapter weights and cache (default: as saved)",
+    )
+    parser.add_argument(
+        "--model-runner",
+        choices=("auto", "v1", "v2"),
+        help=f"vLLM's model runner; auto is vLLM's own choice (default: what {RUNNER_VARIABLE} says, else v1; "
+        "Trimtab has not been run on v2 yet)",
     )
     parser.add_argument(
         "--die-with-parent", action="store_true", help="stop when the process that started this one ends"
@@ -85,19 +105,56 @@ def die_with_parent() -> None:
         raise LaunchError(f"--die-with-parent does not work here: {os.strerror(ctypes.get_errno())}")
 
 
-def _prepare_environment(argv: list[str]) -> None:
-    """Set what vLLM reads from the environment, before it is imported. What the user has set wins."""
+def _prepare_environment(argv: list[str], model_runner: str | None = None) -> None:
+    """Set what vLLM reads from the environment, before it is imported. What the user has set wins.
+
+    Raises:
+        LaunchError: Flag and environment name different model runners.
+    """
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:  # naming one plug-in forbids all others, so name what is installed
         names = {point.name for group in _PLUGIN_GROUPS for point in entry_points(group=group)}
         os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {ENDPOINT_PLUGIN}))
     elif ENDPOINT_PLUGIN not in allowed.split(","):
         os.environ["VLLM_PLUGINS"] = ",".join([*filter(None, allowed.split(",")), ENDPOINT_PLUGIN])
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    _prepare_runner(model_runner)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if "--enforce-eager" in argv:
         # On CPU the log-probability kernel is compiled even in eager mode: 10 s at the first request.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _prepare_runner(model_runner: str | None) -> None:
+    """Put the wish for a model runner where vLLM looks for it; `auto` leaves the choice to vLLM."""
+    if model_runner == "auto":
+        return
+    wanted = "1" if model_runner == "v2" else "0"
+    given = os.environ.setdefault(RUNNER_VARIABLE, wanted)
+    if given not in ("0", "1"):
+        raise LaunchError(f"{RUNNER_VARIABLE}={given} is neither 0 nor 1.")
+    if model_runner is not None and given != wanted:
+        raise LaunchError(f"--model-runner {model_runner} contradicts {RUNNER_VARIABLE}={given}; drop one of the two.")
+
+
+def resolve_runner(args: Namespace) -> Runner:
+    """Which model runner vLLM will use, pinned in the environment so that no process of it decides otherwise.
+
+    Raises:
+        LaunchError: V2 is wanted where it cannot run.
+    """
+    if RUNNER_VARIABLE not in os.environ:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        os.environ[RUNNER_VARIABLE] = "1" if config.use_v2_model_runner else "0"
+    if os.environ[RUNNER_VARIABLE] == "0":
+        return "v1"
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise LaunchError("Model Runner V2 needs Triton, which works on GPUs only; use --model-runner v1.")
+    return "v2"
 
 
 def _parse_vllm(argv: list[str]) -> Namespace:
@@ -123,12 +180,13 @@ def _parse_vllm(argv: list[str]) -> Namespace:
     return args
 
 
-def check(args: Namespace, environ: dict[str, str]) -> None:
+def check(args: Namespace, environ: dict[str, str], runner: Runner = "v1") -> None:
     """Refuse what would break steering, before anything is loaded.
 
     Args:
         args: vLLM's parsed arguments.
         environ: The process environment.
+        runner: The model runner that vLLM will use.
 
     Raises:
         LaunchError: With what to change.
@@ -142,11 +200,10 @@ def check(args: Namespace, environ: dict[str, str]) -> None:
         raise LaunchError(
             "prompt embeddings cannot be steered, because an adapter LM reads token ids. Remove --enable-prompt-embeds."
         )
-    if environ.get("VLLM_USE_V2_MODEL_RUNNER", "0").lower() not in ("0", "false"):
-        raise LaunchError(
-            "Model Runner V2 takes logits processors of another interface; Trimtab's is for the V1 runner. "
-            "Unset VLLM_USE_V2_MODEL_RUNNER."
-        )
+    if args.watermark_config is not None:
+        raise LaunchError("watermarks replace the sampler that reports steering. Remove --watermark-config.")
+    if args.enable_batch_sharded_sampling:
+        raise LaunchError("steering needs all rows of a step in each worker. Remove --enable-batch-sharded-sampling.")
     if args.logprobs_mode != "raw_logprobs":
         raise LaunchError(f"--logprobs-mode {args.logprobs_mode} hides the base's log-probabilities; use raw_logprobs.")
     for name, flag in (
@@ -157,7 +214,7 @@ def check(args: Namespace, environ: dict[str, str]) -> None:
             raise LaunchError(f"{flag} is not supported; run several engines behind one gateway instead.")
     if args.worker_extension_cls:
         raise LaunchError("--worker-extension-cls is taken by Trimtab; vLLM allows one only.")
-    _check_processors(args.logits_processors or [])
+    _check_processors(args.logits_processors or [], runner)
     keys = [key for key in (*(args.api_key or ()), environ.get("VLLM_API_KEY")) if key]
     if not keys and not _is_loopback(args.host):
         raise LaunchError(
@@ -166,20 +223,20 @@ def check(args: Namespace, environ: dict[str, str]) -> None:
         )
 
 
-def _check_processors(names: list[Any]) -> None:
+def _check_processors(names: list[Any], runner: Runner) -> None:
     """The user's own processors must be of the runner that will load them, or vLLM dies with a riddle."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
-    from vllm.v1.sample.logits_processor import LogitsProcessor
 
+    interface: Any = resolve_obj_by_qualname(INTERFACES[runner])
     for name in names:
         try:
             processor = resolve_obj_by_qualname(name.replace(":", ".")) if isinstance(name, str) else name
         except (ImportError, AttributeError, ValueError) as exc:
             raise LaunchError(f"--logits-processors {name} cannot be imported: {exc}") from exc
-        if not (isinstance(processor, type) and issubclass(processor, LogitsProcessor)):
+        if not (isinstance(processor, type) and issubclass(processor, interface)):
             raise LaunchError(
-                f"--logits-processors {name} is not of the V1 runner's interface "
-                "(vllm.v1.sample.logits_processor.LogitsProcessor), which this engine uses."
+                f"--logits-processors {name} is not of the {runner.upper()} runner's interface "
+                f"({INTERFACES[runner]}), which this engine uses."
             )
 
 
@@ -192,9 +249,9 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
-def _add_plugins(args: Namespace, own: Namespace) -> None:
+def _add_plugins(args: Namespace, own: Namespace, runner: Runner) -> None:
     """Name our plug-ins in vLLM's arguments."""
-    args.logits_processors = [*(args.logits_processors or []), PROCESSOR_V1]
+    args.logits_processors = [*(args.logits_processors or []), PROCESSORS[runner]]
     args.worker_extension_cls = WORKER_EXTENSION
     settings: dict[str, Any] = {"kv_bytes": own.adapter_kv_bytes}
     if own.adapter_dtype:

@@ -1,6 +1,10 @@
 import os
+from types import SimpleNamespace
 
 import pytest
+import vllm.triton_utils
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from trimtab_adapters.vllm import launch
 from trimtab_adapters.vllm.launch import LaunchError
@@ -25,6 +29,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--pipeline-parallel-size", "2"], "several engines"),
         (["--data-parallel-size", "2"], "several engines"),
         (["--worker-extension-cls", "some.Class"], "taken by Trimtab"),
+        (["--watermark-config", '{"scheme": "any"}'], "watermark"),
+        (["--enable-batch-sharded-sampling"], "all rows of a step"),
     ],
 )
 def test_what_would_break_steering_is_refused_with_what_to_change(arguments: list[str], words: str) -> None:
@@ -33,10 +39,72 @@ def test_what_would_break_steering_is_refused_with_what_to_change(arguments: lis
         launch.check(args, {})
 
 
-def test_model_runner_v2_is_refused() -> None:
-    args = launch._parse_vllm(["--model", "anything"])
-    with pytest.raises(LaunchError, match="Model Runner V2"):
-        launch.check(args, {"VLLM_USE_V2_MODEL_RUNNER": "1"})
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_processors_of_the_other_runner_are_refused(runner: launch.Runner) -> None:
+    other: launch.Runner = "v2" if runner == "v1" else "v1"
+    fitting = launch._parse_vllm(["--model", "anything", "--logits-processors", launch.PROCESSORS[runner]])
+    launch.check(fitting, {}, runner)
+    wrong = launch._parse_vllm(["--model", "anything", "--logits-processors", launch.PROCESSORS[other]])
+    with pytest.raises(LaunchError, match=f"not of the {runner.upper()} runner's interface"):
+        launch.check(wrong, {}, runner)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_our_processors_are_of_their_runners_interface(runner: launch.Runner) -> None:
+    ours, theirs = launch.PROCESSORS[runner].replace(":", "."), launch.INTERFACES[runner]
+    assert issubclass(resolve_obj_by_qualname(ours), resolve_obj_by_qualname(theirs))
+
+
+@pytest.mark.parametrize(
+    ("flag", "before", "after", "runner"),
+    [
+        (None, None, "0", "v1"),  # V1 unless asked otherwise
+        (None, "1", "1", "v2"),
+        (None, "0", "0", "v1"),
+        ("v1", None, "0", "v1"),
+        ("v2", None, "1", "v2"),
+        ("v2", "1", "1", "v2"),
+        ("auto", "0", "0", "v1"),  # vLLM's own choice, and vLLM does what the variable says
+        ("auto", "1", "1", "v2"),
+    ],
+)
+def test_the_model_runner_is_the_flag_or_the_variable(
+    monkeypatch: pytest.MonkeyPatch, flag: str | None, before: str | None, after: str, runner: str
+) -> None:
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
+    if before is not None:
+        monkeypatch.setenv(launch.RUNNER_VARIABLE, before)
+    launch._prepare_environment([], flag)
+    assert launch.resolve_runner(launch._parse_vllm(["--model", "anything"])) == runner
+    assert os.environ[launch.RUNNER_VARIABLE] == after
+
+
+@pytest.mark.parametrize(("uses_v2", "runner"), [(True, "v2"), (False, "v1")])
+def test_auto_takes_what_vllm_chooses_and_pins_it(monkeypatch: pytest.MonkeyPatch, uses_v2: bool, runner: str) -> None:
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
+    config = SimpleNamespace(use_v2_model_runner=uses_v2)
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", lambda self, usage_context: config)
+    launch._prepare_environment([], "auto")
+    assert launch.RUNNER_VARIABLE not in os.environ
+    assert launch.resolve_runner(launch._parse_vllm(["--model", "anything"])) == runner
+    assert os.environ[launch.RUNNER_VARIABLE] == str(int(uses_v2))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("v1", "1", "contradicts"), ("v2", "0", "contradicts"), (None, "yes", "neither 0 nor 1")],
+)
+def test_flag_and_variable_must_agree(monkeypatch: pytest.MonkeyPatch, flag: str, value: str, words: str) -> None:
+    monkeypatch.setenv(launch.RUNNER_VARIABLE, value)
+    with pytest.raises(LaunchError, match=words):
+        launch._prepare_environment([], flag)
+
+
+def test_v2_is_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", False)
+    launch._prepare_environment([], "v2")
+    with pytest.raises(LaunchError, match="needs Triton"):
+        launch.resolve_runner(launch._parse_vllm(["--model", "anything"]))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--host", "localhost"], ["--host", "::1"]])
@@ -56,8 +124,9 @@ def test_our_plugins_are_named_beside_the_users_own() -> None:
         ["--adapter-kv-bytes", "1000", "--model", "m", "--additional-config", '{"other": 1}']
     )
     args = launch._parse_vllm(rest)
-    launch._add_plugins(args, own)
-    assert args.logits_processors == [launch.PROCESSOR_V1]
+    assert args.model == "m", "and not taken for --model-runner"
+    launch._add_plugins(args, own, "v2")
+    assert args.logits_processors == [launch.PROCESSORS["v2"]]
     assert args.additional_config == {"other": 1, "trimtab": {"kv_bytes": 1000}}
 
 
