@@ -1,0 +1,473 @@
+"""The V1 shell and the steering core under random schedules, each step compared with plain HF forward passes.
+
+`FUZZ_STEPS=200000 make test TESTS=tests/unit/adapters/test_schedule_fuzz.py` searches longer, with fresh seeds.
+"""
+
+import functools
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from typing_extensions import override
+from vllm import SamplingParams
+
+from batch_runner import BatchRunner
+from schedule_job import TOLERANCE, Job
+from schedule_world import NUM_TOKENS, SCRIPT_LENGTH, Expert, World, make_world
+from trimtab_adapters import residents as residents_module
+from trimtab_adapters.contract.errors import ConflictError, NotFoundError
+from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
+from trimtab_adapters.kv_pool import KvPool
+from trimtab_adapters.residents import ResidentVersion
+from trimtab_adapters.steering import SteeredRow, StepResult
+from trimtab_adapters.vllm import processor_v1
+from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
+
+DEFAULT_STEPS = 10_000
+NUM_STEPS = int(os.environ.get("FUZZ_STEPS", DEFAULT_STEPS))
+"""Least number of `apply` calls that a search makes and checks."""
+STEPS_PER_EXAMPLE = 100
+MAX_ROWS = 6
+BLOCK_BYTES = 2 * 16 * 16 * 4
+"""Keys and values of 16 tokens in float32, one layer with one head of 16: the experts' smallest block."""
+EVENTS = (
+    "admitted",
+    "admitted again",
+    "discarded",
+    "ended early",
+    "index refilled unseen",
+    "moved",
+    "no room for a version",
+    "out of cache",
+    "preempted",
+    "refused",
+    "reset",
+    "steered",
+    "steered by several",
+    "tokens computed again",
+    "tokens found by name",
+    "version retired while rows held it",
+)
+"""What a search must meet often; counted so that it cannot shrink to nothing unseen."""
+
+
+@dataclass
+class Tally:
+    """What a whole search did."""
+
+    num_applies: int = 0
+    events: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(EVENTS, 0)))
+
+
+class ScheduleMachine(RuleBasedStateMachine):
+    """Requests come, go and come back while versions change under them; every step is checked row by row."""
+
+    def __init__(self, world: World, tally: Tally) -> None:
+        super().__init__()
+        self.world, self.tally = world, tally
+        self.runner = BatchRunner()
+        self.waiting: list[Job] = []
+        self.leaving: dict[Job, int] = {}
+        self.swaps: list[tuple[int, int]] = []
+        self.committed: set[str] = set()
+        self.prepared: set[str] = set()
+        self.lost_bytes = 0
+        self.num_jobs = 0
+        self.num_steps = 0
+        self.is_sound = False
+
+    @property
+    def batch(self) -> list[Job]:
+        return [job for job in self.runner.rows if isinstance(job, Job)]
+
+    @property
+    def rows(self) -> list[SteeredRow]:
+        return [occupant.row for occupant in self.processor._occupants.values()]
+
+    @initialize(
+        num_blocks=st.sampled_from([10, 24, 40, 80, 160, 400]),
+        max_forward_tokens=st.sampled_from([11, 40, 2048]),
+        is_async=st.booleans(),
+        order=st.permutations(range(5)),
+    )
+    def start(self, num_blocks: int, max_forward_tokens: int, is_async: bool, order: Sequence[int]) -> None:
+        self.processor = SteeringProcessor(num_blocks * BLOCK_BYTES, torch.device("cpu"), False)
+        self.processor.core.max_forward_tokens = max_forward_tokens
+        self.processor.discarded = self.discard_mask
+        self.is_async = is_async
+        self.is_sound = True
+        for which in order[:3]:
+            self.prepare_version(which)
+            self.commit_version(which)
+
+    def discard_mask(self, num_rows: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        assert num_rows == len(self.batch)
+        return np.array([job.num_chunks > 0 for job in self.batch], np.bool_)
+
+    # Versions
+
+    @precondition(lambda self: self.batch or self.waiting)
+    @rule(which=st.integers(0, 4), action=st.sampled_from(["prepare", "commit", "retire", "swap"]))
+    def change_version(self, which: int, action: str) -> None:
+        if action in ("prepare", "swap"):
+            self.prepare_version(which)
+        if action in ("commit", "swap"):
+            self.commit_version(which)
+        if action == "retire":
+            self.retire_version(which)
+        if action == "swap":
+            self.retire_version((which + 1) % len(self.world.experts))
+
+    def prepare_version(self, which: int) -> None:
+        expert, residents = self.world.experts[which], self.processor.residents
+        before = residents.budget.allocated_bytes
+        residents.prepare(expert.version, str(expert.directory))
+        for thread in threading.enumerate():
+            if thread.name == f"load-{expert.version}":
+                thread.join()
+        status = residents.poll(expert.version)
+        if status.state == "failed":
+            assert "no room" in str(status.error), "only the memory of other pools is a reason here"
+            self.lost_bytes += residents.budget.allocated_bytes - before  # see test_open_faults
+            self.tally.events["no room for a version"] += 1
+        elif expert.name not in self.committed:
+            assert status.state == "prepared"
+            self.prepared.add(expert.name)
+
+    def commit_version(self, which: int) -> None:
+        expert, residents = self.world.experts[which], self.processor.residents
+        is_there = expert.name in self.committed | self.prepared or bool(self.holders(expert))
+        try:
+            residents.commit(expert.version)
+        except (ConflictError, NotFoundError):
+            assert not is_there
+            return
+        assert is_there
+        self.prepared.discard(expert.name)
+        self.committed.add(expert.name)
+
+    def retire_version(self, which: int) -> None:
+        expert = self.world.experts[which]
+        if expert.name in self.prepared:
+            return  # not sound yet: see test_open_faults
+        num_held = self.processor.residents.retire(expert.version)
+        assert num_held == len(self.holders(expert))
+        self.committed.discard(expert.name)
+        self.tally.events["version retired while rows held it"] += num_held > 0
+
+    def holders(self, expert: Expert) -> list[SteeredRow]:
+        """Open rows that hold a version."""
+        return [row for row in self.rows if expert.version in [resident.version for resident, _ in row.terms]]
+
+    # Requests
+
+    @precondition(lambda self: len(self.batch) + len(self.waiting) < 2 * MAX_ROWS)
+    @rule(
+        number=st.integers(0, 24),
+        num_prompt=st.integers(1, SCRIPT_LENGTH - 2),
+        max_outputs=st.integers(1, 40),
+        num_chunks=st.integers(0, 2),
+        num_candidates=st.integers(1, 3),
+        terms=st.lists(st.tuples(st.integers(0, 4), st.sampled_from([1.0, -1.0, 0.5, -0.7, 2.5, 0.0])), max_size=3),
+        is_known=st.sampled_from([True] * 7 + [False]),
+        has_record=st.booleans(),
+    )
+    def arrive(
+        self,
+        number: int,
+        num_prompt: int,
+        max_outputs: int,
+        num_chunks: int,
+        num_candidates: int,
+        terms: list[tuple[int, float]],
+        is_known: bool,
+        has_record: bool,
+    ) -> None:
+        """Candidates of one prompt, or of prompts that begin alike, whose outputs go different ways."""
+        experts = [e for e in self.world.experts if e.name in self.committed or not is_known] or self.world.experts
+        named = list(
+            {experts[which % len(experts)].name: (experts[which % len(experts)], a) for which, a in terms}.values()
+        )
+        weights = [AdapterWeight(name=expert.name, version=expert.version, alpha=alpha) for expert, alpha in named]
+        for candidate in range(num_candidates):
+            script_number = number if number == 24 else number // 4 * 4 + (number + candidate) % 4
+            script = self.world.scripts[script_number]
+            uid = f"job-{self.num_jobs}"
+            self.num_jobs += 1
+            params = SteeringParams(uid=uid, adapters=weights, record=has_record)
+            sampling = SamplingParams(logprobs=0, extra_args=dict(params.to_xargs()) if terms else None)
+            job = Job(sampling, script[:num_prompt], uid=uid, script=script, script_number=script_number)
+            job.terms = [(expert, alpha) for expert, alpha in named if alpha]
+            job.has_record, job.num_chunks = has_record, num_chunks
+            job.max_outputs = min(max_outputs, SCRIPT_LENGTH - 1 - num_prompt)
+            self.waiting.append(job)
+
+    @precondition(lambda self: self.batch)
+    @rule(which=st.integers(0, MAX_ROWS - 1), pause=st.sampled_from([0, 0, 0, 1, 2, 4]), num_chunks=st.integers(0, 2))
+    def leave(self, which: int, pause: int, num_chunks: int) -> None:
+        """End a request (pause 0), or have it back in the same step (1) or later: preempted, or not scheduled."""
+        job = self.batch[which % len(self.batch)]
+        if job not in self.leaving:
+            self.leaving[job] = pause
+            job.num_chunks = num_chunks if pause else 0
+            self.tally.events["ended early" if pause == 0 else "reset" if pause == 1 else "preempted"] += 1
+
+    @precondition(lambda self: self.waiting)
+    @rule(which=st.integers(0, MAX_ROWS - 1))
+    def abort_while_waiting(self, which: int) -> None:
+        self.settle(self.waiting.pop(which % len(self.waiting)))
+
+    @precondition(lambda self: len(self.batch) > 1)
+    @rule(first=st.integers(0, MAX_ROWS - 1), second=st.integers(0, MAX_ROWS - 1))
+    def swap(self, first: int, second: int) -> None:
+        self.swaps.append((first, second))
+
+    # Steps
+
+    @precondition(lambda self: self.batch or self.waiting)
+    @rule(count=st.integers(1, 12))
+    def decode(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    @precondition(lambda self: self.batch or self.waiting)
+    @rule(count=st.integers(1, 4))
+    def decode_a_little(self, count: int) -> None:
+        self.decode(count)
+
+    @precondition(lambda self: self.batch or self.waiting)
+    @rule(applies=st.booleans())
+    def odd_step(self, applies: bool) -> None:
+        """A step without `apply`, or one whose samples are lost, so that the next one sees the same tokens again."""
+        self.step(applies=applies, keeps_samples=False)
+
+    def step(self, *, applies: bool = True, keeps_samples: bool = True) -> None:
+        self.is_sound = False
+        self.update_batch()
+        self.check_accounting()
+        if applies and self.batch:
+            self.apply()
+            self.check_accounting()
+            self.end_step(keeps_samples)
+        self.is_sound = True
+
+    def update_batch(self) -> None:
+        ended = [job for job, pause in self.leaving.items() if pause == 0]
+        for job, pause in self.leaving.items():
+            self.runner.remove(job)
+            if pause:
+                job.wait = pause
+                self.waiting.append(job)
+        for job in list(self.waiting):
+            job.wait -= 1
+            if job.wait <= 0 and self.runner.num_rows < MAX_ROWS:
+                self.waiting.remove(job)
+                self.admit(job)
+        self.runner.condense()
+        for pair in self.swaps:
+            first, second = (place % max(len(self.batch), 1) for place in pair)
+            if first != second:
+                self.runner.swap(first, second)
+        update = self.runner.take_update()
+        self.processor.update_state(update)
+        if update is not None:
+            self.tally.events["moved"] += len(update.moved)
+            self.tally.events["index refilled unseen"] += len(self.leaving) > len(update.removed)
+        self.leaving, self.swaps = {}, []
+        for job in ended:
+            self.settle(job)
+
+    def admit(self, job: Job) -> None:
+        prompt, outputs = len(job.prompt_token_ids), job.num_outputs
+        job.output_token_ids = job.script[prompt : prompt + outputs]  # another list than before
+        if self.is_async and outputs:
+            job.output_token_ids[-1] = -1
+        job.is_refused = any(expert.name not in self.committed for expert, _ in job.terms)
+        job.has_error = False
+        self.runner.add(job)
+        self.tally.events["admitted again" if outputs else "admitted"] += 1
+
+    def apply(self) -> None:
+        batch = self.batch
+        for job in batch:  # with asynchronous scheduling the newest token arrives only now
+            if job.output_token_ids:
+                job.output_token_ids[-1] = job.script[job.num_tokens - 1]
+        start = self.num_steps * 7 % (len(self.world.base_logits) - MAX_ROWS)
+        base = self.world.base_logits[start : start + len(batch)]
+        counted = {index: job for index, job in enumerate(batch) if job.terms and not job.num_chunks}
+        self.processor.forget_result()
+        logits = self.processor.apply(base.clone())
+        result = self.processor.result
+        failed, steered = check_membership(result, counted)
+        self.check_failures(failed, counted)
+        want = base.clone()
+        for index in steered:
+            assert not counted[index].is_refused, "steered with a version that was not committed"
+            for expert, alpha in counted[index].terms:
+                want[index] += alpha * counted[index].expected(expert)
+        is_close = torch.isclose(logits, want, atol=TOLERANCE, rtol=0.0).all(dim=1).tolist()
+        is_base = (logits == base).all(dim=1).tolist()
+        for index, job in enumerate(batch):
+            assert is_close[index] if index in steered else is_base[index], (index, job.uid, job.num_tokens)
+        if result is not None:
+            self.processor.records.observe(result, torch.tensor([job.next_token for job in batch]))
+        for index in steered:
+            counted[index].remember(base[index], want[index])
+        self.tally.num_applies += 1
+        self.tally.events["steered"] += len(steered)
+        self.tally.events["steered by several"] += sum(len(counted[index].terms) > 1 for index in steered)
+        self.num_steps += 1
+
+    def end_step(self, keeps_samples: bool) -> None:
+        """What the runner does after sampling."""
+        for job in self.batch:
+            if job.num_chunks:
+                job.num_chunks -= 1
+                self.tally.events["discarded"] += 1
+            elif keeps_samples:
+                job.output_token_ids.append(-1 if self.is_async else job.next_token)
+                job.num_outputs += 1
+                if job.num_outputs >= job.max_outputs:
+                    self.leaving[job] = 0
+
+    # What must hold
+
+    def check_failures(self, failed: dict[int, SteeredRow], counted: dict[int, Job]) -> None:
+        """A row fails for a reason: a version was not there, or it or a row of the same version fits no pool."""
+        needs: Counter[str] = Counter()
+        for job in counted.values():
+            if not job.is_refused and not job.has_error:
+                for expert, _ in job.terms:
+                    needs[expert.name] = max(needs[expert.name], expert.num_blocks(job.num_tokens))
+        for index, row in failed.items():
+            job = counted[index]
+            assert row.error, "a failed row says why"
+            if job.is_refused:
+                assert "is not loaded in this engine" in row.error
+                self.tally.events["refused"] += 1
+            elif not job.has_error:
+                assert "out of adapter KV cache" in row.error
+                assert any(needs[resident.manifest.name] > self.room(resident) for resident, _ in row.terms)
+                self.tally.events["out of cache"] += 1
+            job.has_error = job.has_failed = True
+
+    def room(self, resident: ResidentVersion) -> int:
+        """Blocks that one row could have if every other row that is well gave up its own."""
+        stuck = {
+            block
+            for row in self.rows
+            if row.error is not None
+            for (other, _), cache in zip(row.terms, row.caches, strict=True)
+            if other.pool is resident.pool
+            for block in cache.blocks
+        }
+        return resident.pool.capacity_tokens // 16 - len(stuck)
+
+    def check_accounting(self) -> None:
+        """Rows, blocks and bytes are counted right."""
+        residents = self.processor.residents
+        assert sorted(row.params.uid for row in self.rows) == sorted(job.uid for job in self.batch if job.terms)
+        assert set(residents.committed) == {e.version for e in self.world.experts if e.name in self.committed}
+        held: dict[KvPool, Counter[int]] = {pool: Counter() for pool in residents._pools.values()}
+        holders: Counter[ResidentVersion] = Counter()
+        for row in self.rows:
+            for (resident, _), cache in zip(row.terms, row.caches, strict=True):
+                assert resident.pool in held, "a pool was given up while a row used it"
+                held[resident.pool].update(cache.blocks)
+                holders[resident] += 1
+                assert len(cache.names) == len(cache.tokens) // 16, "exactly the full blocks are named"
+                assert len(cache.blocks) == -(-len(cache.tokens) // 16)
+        for resident in {*residents.committed.values(), *residents._retiring.values(), *holders}:
+            assert resident.num_rows == holders[resident]
+        assert all(resident.num_rows for resident in residents._retiring.values()), "never swept"
+        for pool, blocks in held.items():
+            assert pool._references == [blocks[block] for block in range(pool.num_blocks)]
+            assert pool.num_used == len(blocks)
+            assert sorted([*blocks, *pool._free, *pool._idle]) == list(range(1, pool.num_blocks))
+            assert all(pool._names[block] == name for name, block in pool._by_name.items())
+        used = sum(pool.num_blocks * pool.geometry.block_bytes for pool in held) + self.lost_bytes
+        assert residents.budget.allocated_bytes == used <= residents.budget.total_bytes
+
+    def settle(self, job: Job) -> None:
+        """A request has ended: take its record."""
+        job.check_record(self.processor.records.take([job.uid]))
+
+    @override
+    def teardown(self) -> None:
+        """Whatever was taken is given back."""
+        if not self.is_sound:
+            return
+        while self.waiting:
+            self.abort_while_waiting(0)
+        self.leaving = dict.fromkeys(self.batch, 0)
+        self.step(applies=False)
+        residents = self.processor.residents
+        for pool in residents._pools.values():
+            assert pool.num_used == 0
+            self.tally.events["tokens found by name"] += pool.counters.hit_tokens
+            self.tally.events["tokens computed again"] += pool.counters.recomputed_tokens
+        assert not self.processor.records._recordings
+        for which, expert in enumerate(self.world.experts):
+            if expert.name in self.prepared:
+                self.commit_version(which)
+            self.retire_version(which)
+        assert residents.budget.allocated_bytes == self.lost_bytes
+        assert not residents._pools
+
+
+def check_membership(result: StepResult | None, counted: dict[int, Job]) -> tuple[dict[int, SteeredRow], list[int]]:
+    """Each row to be steered is steered or failed, and no other row is either. Returns both by index."""
+    if result is None:
+        assert not counted, "a row was silently left unsteered"
+        return {}, []
+    steered = result.indices.tolist()
+    named = [*((index, row) for row, index in result.failed), *zip(steered, result.rows, strict=True)]
+    assert sorted(index for index, _ in named) == sorted(counted)
+    for index, row in named:
+        assert row.params.uid == counted[index].uid
+    return {index: row for row, index in result.failed}, steered
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_any_schedule_is_steered_like_the_plain_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are fixed at the default length, so that the verdict is always the same; longer searches draw new ones."""
+    monkeypatch.setattr(processor_v1, "build_residents", lambda kv_bytes, device: world.build_residents(kv_bytes))
+    monkeypatch.setattr(residents_module, "load_adapter_lm", world.load_adapter_lm)
+    monkeypatch.setattr(residents_module, "KvPool", functools.partial(KvPool, min_blocks=4))
+    tally = Tally()
+    run_state_machine_as_test(
+        lambda: ScheduleMachine(world, tally),  # type: ignore[arg-type]
+        settings=settings(
+            max_examples=NUM_STEPS // 66,
+            stateful_step_count=STEPS_PER_EXAMPLE,
+            derandomize=NUM_STEPS == DEFAULT_STEPS,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+        ),
+    )
+    assert tally.num_applies >= NUM_STEPS, tally
+    rare = {event: count for event, count in tally.events.items() if count < NUM_STEPS // 500}
+    assert not rare, "the search hardly ever met these"
+
+
+def test_the_reference_notices_a_wrong_token_far_back(world: World) -> None:
+    """Else agreement with it would mean little: siblings that differ in one early token differ in what follows."""
+    for expert in world.experts:
+        one, other = expert.table[0, 40], expert.table[1, 40]
+        assert float((one - other)[:NUM_TOKENS].abs().max()) > 100 * TOLERANCE
