@@ -5,7 +5,7 @@ runner:
 
 - A request has a *slot* from `add_request` until it finishes, is aborted or preempted. Nobody says when: slots are
   recycled, last freed first, and `add_request` for a slot is the only sign. So it closes the slot's row, and each step
-  asks the runner's own table (`request_at`) which rows' requests are gone.
+  asks the runner's own table (`is_occupied`) which rows' requests are gone.
 - A preempted request comes back as a new one, in any slot, with all its tokens as its prefill.
 - `add_request` comes before the runner has written the request's tokens; they are on the device, never on the host.
 - `apply_staged_writes` comes in every step, `apply` only when a scheduled request of any processor wants it.
@@ -49,14 +49,6 @@ _UNREADABLE = SteeringParams(uid="unreadable", adapters=[])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Occupant:
-    """The steered row in a slot, and the runner's id of the request that it belongs to; None before attaching."""
-
-    row: SteeredRow
-    request_id: str | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Scheduled:
     """A steered row whose sample counts in this step: its logits row, its slot, its tokens including the newest."""
 
@@ -69,16 +61,16 @@ class _Scheduled:
 class SteeringProcessorV2(SteeringShell, LogitsProcessor):
     """Adds adapter log-probabilities to the logits of the slots that asked for it.
 
-    The worker extension attaches `request_at`, the runner's table of which request has a slot, together with the
+    The worker extension attaches `is_occupied`, which asks the runner whether a slot has a request, together with the
     recording sampler. Until then steered requests fail, because their failures could not be reported.
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         _refuse_unsupported(vllm_config)
         super().__init__(build_residents(vllm_config, req_states.device))
-        self.request_at: Callable[[int], str | None] | None = None
+        self.is_occupied: Callable[[int], bool] | None = None
         self._req_states = req_states
-        self._occupants: dict[int, _Occupant] = {}
+        self._rows: dict[int, SteeredRow] = {}
 
     @override
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -91,7 +83,7 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
             row.error = "internal error while admitting the request"
         if row is None:
             return False
-        self._occupants[req_idx] = _Occupant(row, self.request_at(req_idx) if self.request_at is not None else None)
+        self._rows[req_idx] = row
         return True
 
     def _open(self, slot: int, sampling_params: SamplingParams) -> SteeredRow | None:
@@ -106,24 +98,23 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
             return None
         row = self.core.open(params, (), ())
         row.num_prompt_tokens = int(self._req_states.prompt_len.np[slot])
-        if self.request_at is None:
+        if self.is_occupied is None:
             row.error = row.error or NOT_ATTACHED
         return row
 
     def _close(self, slot: int) -> None:
-        occupant = self._occupants.pop(slot, None)
-        if occupant is not None:
-            self.core.close(occupant.row)
+        row = self._rows.pop(slot, None)
+        if row is not None:
+            self.core.close(row)
 
     @override
     def apply_staged_writes(self) -> None:
         """Once per step, after requests came and went: let go of what belongs to requests that are gone."""
         self.result = None
         try:
-            if self.request_at is not None:
-                for slot, occupant in list(self._occupants.items()):
-                    if occupant.request_id is not None and self.request_at(slot) != occupant.request_id:
-                        self._close(slot)
+            if self.is_occupied is not None:
+                for slot in [slot for slot in self._rows if not self.is_occupied(slot)]:
+                    self._close(slot)
             self.residents.sweep()
         except Exception:  # boundary: an exception that leaves a processor kills the engine for good
             logger.exception("rows of departed requests could not be closed; they are tried again in the next step")
@@ -151,8 +142,8 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
             slots = ctx.expanded_idx_mapping.tolist()
         found: list[_Scheduled] = []
         for index, slot in enumerate(slots):
-            occupant = self._occupants.get(slot)
-            if occupant is None:
+            row = self._rows.get(slot)
+            if row is None:
                 continue
             num_tokens = 0
             if has_one_row_each:
@@ -160,8 +151,8 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
                 if num_tokens < self._req_states.prefill_len.np[slot]:
                     continue
             else:
-                occupant.row.error = occupant.row.error or "the engine sampled several rows of one request"
-            found.append(_Scheduled(occupant.row, index, slot, num_tokens))
+                row.error = row.error or "the engine sampled several rows of one request"
+            found.append(_Scheduled(row, index, slot, num_tokens))
         return found
 
     def _read_tokens(self, scheduled: Sequence[_Scheduled], ctx: LogitsContext) -> None:

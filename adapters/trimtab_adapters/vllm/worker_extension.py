@@ -120,7 +120,7 @@ def _attach_v2(processor: SteeringProcessorV2, runner: Any) -> None:
         raise RuntimeError("Trimtab needs one logits row per request: this model, or an option, samples otherwise")
     if not isinstance(runner.sampler, RecordingSamplerV2):
         runner.sampler = RecordingSamplerV2(runner.sampler, processor)
-    processor.request_at = lambda slot: runner.req_states.index_to_req_id.get(slot)
+    processor.is_occupied = lambda slot: slot in runner.req_states.index_to_req_id
 
 
 def _refusal(exc: TrimtabError) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_a_row_in_chunked_prefill_is_left_alone_until_its_sample_counts(bench: V
 
 def test_a_recycled_slot_closes_the_row_that_was_in_it(bench: V2Bench) -> None:
     """Also without the runner's table: `add_request` alone has to be enough."""
-    bench.processor.request_at = lambda slot: "always the same"
+    bench.processor.is_occupied = lambda slot: True
     bench.add("first", 4)
     bench.add("second", 6)
     bench.add("plain", 3, [])
