@@ -1,7 +1,9 @@
 """An adapter LM: any Hugging Face causal LM directory, loaded, verified and ready for packed forward passes."""
 
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,25 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimtab_adapters.attention import ATTENTION_NAME, AttentionKernel, PagedBatch
 from trimtab_adapters.contract.errors import AdapterError, WeightsError
+from trimtab_adapters.dense_ops import DenseOps, TorchOps
 from trimtab_adapters.kv_pool import KvBudget, KvGeometry, KvPool, SequenceCache
+from trimtab_adapters.lean_decoder import LeanDecoder
 from trimtab_adapters.torch_attention import TorchKernel
+
+logger = logging.getLogger(__name__)
 
 _SELF_TEST_TOKENS = 24
 _SELF_TEST_TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 """Largest difference of log-probabilities between our attention and the model's own, by type. A wrong mask, position or
 head layout is off by whole nats; rounding stays far below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What an engine offers beside plain PyTorch; each part is used where it supports the model."""
+
+    attention: AttentionKernel = field(default_factory=TorchKernel)
+    dense: DenseOps = field(default_factory=TorchOps)
 
 
 class AdapterLM:
@@ -27,8 +41,10 @@ class AdapterLM:
     Build it with `load_adapter_lm`. Not safe for concurrent use.
     """
 
-    def __init__(self, model: Any, device: torch.device, kernels: Sequence[AttentionKernel] = ()) -> None:
-        self.model = model
+    def __init__(self, model: Any, device: torch.device, backend: Backend | None = None) -> None:
+        backend = backend or Backend()
+        self._model: Any = model
+        self._lean: LeanDecoder | None = None
         self.device = device
         config = model.config.get_text_config()
         num_heads = config.num_attention_heads
@@ -36,15 +52,21 @@ class AdapterLM:
         """A, the width of the logits."""
         self.max_length = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
         """Most tokens (prefix included) that its positions allow."""
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in _distinct_parameters(model))
         self.geometry = KvGeometry(
             num_layers=int(config.num_hidden_layers),
             num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
             dtype=model.dtype,
         )
-        self.kernel = next((k for k in kernels if k.supports(self.geometry, device)), None) or TorchKernel()
+        is_supported = backend.attention.supports(self.geometry, device)
+        self.kernel = backend.attention if is_supported else TorchKernel()
         """Of versions that share a pool all have the same: it depends on geometry and device alone."""
+        self._dense = backend.dense if backend.dense.supports(model.dtype, device) else TorchOps()
+        weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+        self.weight_bytes = sum(weights.values())
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        if LeanDecoder.supports(model) and self._dense.copies_weights and embedding is head:
+            self.weight_bytes += weights[embedding.data_ptr()]
 
     def batch(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> PagedBatch:
         """The packed pass over rows that were extended by so many new tokens each."""
@@ -59,7 +81,9 @@ class AdapterLM:
         wanted = batch.last_index
         if rows is not None:
             wanted = wanted[torch.as_tensor(rows, dtype=torch.long, device=self.device)]
-        output = self.model(
+        if self._lean is not None:
+            return self._lean.forward(batch, wanted)
+        output = self._model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
@@ -71,12 +95,25 @@ class AdapterLM:
 
     def free(self) -> None:
         """Give the weights' memory back now, whoever still refers to the model's objects."""
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            tensor.data = tensor.data.new_empty(0)
+        if self._lean is not None:
+            self._lean.free()
+        if self._model is not None:
+            for tensor in (*self._model.parameters(), *self._model.buffers()):
+                tensor.data = tensor.data.new_empty(0)
 
+    def use_lean(self) -> None:
+        """Run the layers by our own code from now on."""
+        self._lean = LeanDecoder(self._model, self._dense)
 
-def _distinct_parameters(model: Any) -> list[Tensor]:
-    return list({p.data_ptr(): p for p in model.parameters()}.values())
+    def use_modules(self) -> None:
+        """Run transformers' modules with our attention from now on."""
+        self._lean = None
+        self._model.set_attn_implementation(ATTENTION_NAME)
+
+    def drop_modules(self) -> None:
+        """Let go of transformers' modules when they are not what runs; their weights may have been copied."""
+        if self._lean is not None:
+            self._model = None
 
 
 def load_adapter_lm(
@@ -84,7 +121,7 @@ def load_adapter_lm(
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
-    kernels: Sequence[AttentionKernel] = (),
+    backend: Backend | None = None,
 ) -> AdapterLM:
     """Load an adapter LM from a directory and check that it works here before anybody depends on it.
 
@@ -92,7 +129,7 @@ def load_adapter_lm(
         directory: `config.json` and safetensors weights.
         device: Where it will run.
         dtype: Type of weights and cache; the directory's own when None.
-        kernels: Attention kernels to choose from; the first that supports the model wins, else `TorchKernel`.
+        backend: What the engine offers to compute with; plain PyTorch when None.
 
     Raises:
         AdapterError: Not a causal LM that transformers knows, or an attention that is not supported.
@@ -114,8 +151,8 @@ def load_adapter_lm(
         raise AdapterError(f"{directory} cannot be loaded as a causal LM: {exc}") from exc
     _check_weights(model, report)
     model = model.to(device).eval().requires_grad_(False)
-    adapter = AdapterLM(model, device, kernels)
-    _self_test(adapter)
+    adapter = AdapterLM(model, device, backend)
+    _choose_implementation(adapter, model)
     return adapter
 
 
@@ -130,29 +167,56 @@ def _check_weights(model: Any, report: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def _self_test(adapter: AdapterLM) -> None:
-    """Compare our packed attention, in two chunks beside a second row, with the model's own forward pass."""
-    model = adapter.model
-    length = min(_SELF_TEST_TOKENS, adapter.max_length)
-    ids = torch.arange(length) * 7919 % adapter.num_logits
+def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
+    """Take our own layers where they are written and right for this model, else transformers' with our attention.
+
+    Raises:
+        AdapterError: Neither gives the logits that the model gives on its own.
+    """
+    family, dtype = model.config.model_type, adapter.geometry.dtype
+    tolerance = _SELF_TEST_TOLERANCE.get(dtype, 0.3)
     try:
-        expected = torch.log_softmax(model(input_ids=ids[None].to(adapter.device)).logits[0].float(), dim=-1)
-        model.set_attn_implementation(ATTENTION_NAME)
-        pool = KvPool(adapter.geometry, KvBudget(16 * adapter.geometry.block_bytes), adapter.device, min_blocks=16)
-        whole, halves = SequenceCache(root=b"whole"), SequenceCache(root=b"halves")
-        tokens, middle = ids.tolist(), length // 2
-        pool.extend(whole, tokens)
-        pool.extend(halves, tokens[:middle])
-        first = adapter.forward(adapter.batch(pool, [whole, halves], [length, middle]))
-        pool.extend(halves, tokens[middle:])
-        second = adapter.forward(adapter.batch(pool, [halves], [length - middle]))
+        expected = _expected(adapter, model)
+        if LeanDecoder.supports(model):
+            adapter.use_lean()
+            error = _largest_error(adapter, expected)
+            if error <= tolerance:
+                adapter.drop_modules()
+                return
+            logger.warning("our layers differ by %.3g nats from those of %s; they are not used", error, family)
+        adapter.use_modules()
+        error = _largest_error(adapter, expected)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as exc:
-        raise AdapterError(f"a {model.config.model_type} model cannot be run as an adapter LM: {exc}") from exc
-    got = torch.log_softmax(torch.cat((first, second)).float(), dim=-1)
-    want = expected[[length - 1, middle - 1, length - 1]]
-    error = float((got - want).abs().max())
-    if not error <= _SELF_TEST_TOLERANCE.get(adapter.geometry.dtype, 0.3):
+        raise AdapterError(f"a {family} model cannot be run as an adapter LM: {exc}") from exc
+    if not error <= tolerance:
         raise AdapterError(
-            f"a {model.config.model_type} model gives other logits under paged attention than on its own "
+            f"a {family} model gives other logits under paged attention than on its own "
             f"(largest difference {error:.3g} nats); its attention is not supported"
         )
+
+
+def _self_test_tokens(adapter: AdapterLM) -> Tensor:
+    return torch.arange(min(_SELF_TEST_TOKENS, adapter.max_length)) * 7919 % adapter.num_logits
+
+
+def _expected(adapter: AdapterLM, model: Any) -> Tensor:
+    """Log-probabilities of the model's own forward pass after half of the tokens and after all, `[2, A]`."""
+    ids = _self_test_tokens(adapter)
+    logprobs = torch.log_softmax(model(input_ids=ids[None].to(adapter.device)).logits[0].float(), dim=-1)
+    return logprobs[[len(ids) // 2 - 1, len(ids) - 1]]
+
+
+def _largest_error(adapter: AdapterLM, expected: Tensor) -> float:
+    """Largest difference of log-probabilities when the tokens come in two chunks beside a second row."""
+    tokens = _self_test_tokens(adapter).tolist()
+    length, middle = len(tokens), len(tokens) // 2
+    pool = KvPool(adapter.geometry, KvBudget(16 * adapter.geometry.block_bytes), adapter.device, min_blocks=16)
+    whole, halves = SequenceCache(root=b"whole"), SequenceCache(root=b"halves")
+    pool.extend(whole, tokens)
+    pool.extend(halves, tokens[:middle])
+    first = adapter.forward(adapter.batch(pool, [whole, halves], [length, middle]))
+    pool.extend(halves, tokens[middle:])
+    second = adapter.forward(adapter.batch(pool, [halves], [length - middle]))
+    got = torch.log_softmax(torch.cat((first, second)).float(), dim=-1)
+    error = (got - expected[[1, 0, 1]]).abs().max()
+    return float(error) if bool(torch.isfinite(error)) else float("inf")

@@ -31,7 +31,7 @@ def adapter_logprobs(adapter_logits: Tensor, *, vocab_size: int, num_known: int)
     """
     if not 0 < num_known <= min(adapter_logits.shape[-1], vocab_size):
         raise ValueError(f"num_known={num_known} outside 1..min({adapter_logits.shape[-1]}, {vocab_size})")
-    known = torch.log_softmax(adapter_logits[..., :num_known].float(), dim=-1)
+    known = torch.log_softmax(adapter_logits[..., :num_known], dim=-1, dtype=torch.float32)
     if num_known == vocab_size:
         return known
     floor = known.amin(dim=-1, keepdim=True)
@@ -50,7 +50,8 @@ def steering_term(terms: Sequence[tuple[float | Tensor, Tensor]]) -> Tensor:
     if not terms:
         raise ValueError("a steering without terms adds nothing; leave the base logits alone")
     (alpha, logprobs), *rest = terms
-    total = alpha * logprobs
+    # 1 times a number is that number: the usual weight costs no pass over the vocabulary.
+    total = logprobs if isinstance(alpha, float) and alpha == 1.0 else alpha * logprobs
     for alpha, logprobs in rest:
         total = total + alpha * logprobs
     return total

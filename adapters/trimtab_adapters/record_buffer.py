@@ -71,33 +71,36 @@ class RecordBuffer:
 
     def _measure(self, result: StepResult, sampled_token_ids: Tensor, asked: Sequence[int]) -> None:
         """Values at the sampled tokens of the rows that asked for them; all `[len(asked)]`."""
-        places = torch.tensor(asked, device=result.indices.device)
+        places: Tensor | slice = slice(None)
+        if len(asked) < len(result.rows):
+            places = torch.tensor(asked, device=result.indices.device)
         tokens = sampled_token_ids[result.indices[places]].long()
         column = tokens[:, None]
         base_logits, added = result.base_logits[places], result.added[places]
         steered = result.steered_logprobs[places]
-        base_normaliser = base_logits.logsumexp(dim=-1)
-        base = base_logits.gather(1, column)[:, 0] - base_normaliser
-        # Steered and base log-probabilities differ by `added` and by their normalisers. `added` is finite everywhere,
-        # also where both are minus infinity.
-        kl = (steered.exp() * added).sum(dim=-1) - result.normaliser[places] + base_normaliser
+        base = torch.log_softmax(base_logits, dim=-1).gather(1, column)[:, 0]
+        steered_value = steered.gather(1, column)[:, 0]
+        # Steered and base log-probabilities differ by `added` and by one constant a row, which the sampled token shows:
+        # it is finite there. `added` is finite everywhere, also where both are minus infinity.
+        constant = steered_value - base - added.gather(1, column)[:, 0]
+        kl = torch.linalg.vecdot(steered.exp(), added) + constant
         flipped = base_logits.argmax(dim=-1) != steered.argmax(dim=-1)
         adapters = [logprobs[places].gather(1, column)[:, 0].tolist() for logprobs in result.adapter_logprobs]
         columns = zip(
             asked,
             tokens.tolist(),
             base.tolist(),
-            steered.gather(1, column)[:, 0].tolist(),
+            steered_value.tolist(),
             kl.clamp(min=0.0).tolist(),
             flipped.tolist(),
             strict=True,
         )
-        for number, (place, token, base_value, steered_value, kl_value, flip) in enumerate(columns):
+        for number, (place, token, base_logprob, steered_logprob, kl_value, flip) in enumerate(columns):
             row = result.rows[place]
             recording = self._recordings[row.params.uid]
             recording.token_ids.append(token)
-            recording.base.append(base_value)
-            recording.steered.append(steered_value)
+            recording.base.append(base_logprob)
+            recording.steered.append(steered_logprob)
             recording.kl.append(kl_value)
             recording.flipped.append(flip)
             while len(recording.adapters) < len(row.terms):

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
-from trimtab_adapters.attention import AttentionKernel
+from trimtab_adapters.adapter_lm import AdapterLM, Backend, load_adapter_lm
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -182,12 +181,12 @@ class Residents:
         *,
         kv_bytes: int,
         dtype: torch.dtype | None = None,
-        kernels: Sequence[AttentionKernel] = (),
+        backend: Backend | None = None,
     ) -> None:
         self.base = base
         self.device = device
         self.dtype = dtype
-        self.kernels = kernels
+        self.backend = backend
         self.budget = KvBudget(kv_bytes)
         self.committed: dict[VersionId, ResidentVersion] = {}
         self._loading: dict[VersionId, tuple[str, Future[tuple[Manifest, AdapterLM]]]] = {}
@@ -217,7 +216,7 @@ class Residents:
             if manifest.version_id != version:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
-            adapter = load_adapter_lm(path, self.device, dtype=self.dtype, kernels=self.kernels)
+            adapter = load_adapter_lm(path, self.device, dtype=self.dtype, backend=self.backend)
             check_fit(manifest, adapter, self.base)
             future.set_result((manifest, adapter))
         except Exception as exc:  # noqa: BLE001 - handed to the caller of `poll`, which translates it

@@ -67,7 +67,6 @@ class StepResult:
         indices: `[R]` their rows in the step's logits.
         base_logits: `[R, V]` as the engine had them before steering, constraints applied.
         added: `[R, V]` what steering added to them.
-        normaliser: `[R]` log-sum-exp of the steered logits.
         steered_logprobs: `[R, V]` before temperature.
         adapter_logprobs: One `[R, V]` per position in the steering; rows with fewer terms hold another's values there.
         failed: Rows whose steering failed now or before, with their row in the logits.
@@ -77,7 +76,6 @@ class StepResult:
     indices: Tensor
     base_logits: Tensor
     added: Tensor
-    normaliser: Tensor
     steered_logprobs: Tensor
     adapter_logprobs: list[Tensor]
     failed: list[tuple[SteeredRow, int]]
@@ -159,32 +157,34 @@ class SteeringCore:
         self.num_failed += len(failed)
         steered_rows = [row for row, _ in good]
         indices = torch.tensor([index for _, index in good], dtype=torch.long, device=logits.device)
-        base = logits[indices]
+        is_prefix = steered_rows and [index for _, index in good] == list(range(len(good)))
+        base = logits[: len(good)].clone() if is_prefix else logits[indices]
         terms = self._terms(steered_rows, by_version)
         added = mixing.steering_term(terms) if terms else torch.zeros_like(base)
         steered = base + added
-        logits[indices] = steered
-        normaliser = steered.logsumexp(dim=-1)
+        if is_prefix:
+            logits[: len(good)] = steered
+        else:
+            logits[indices] = steered
         return StepResult(
             rows=steered_rows,
             indices=indices,
             base_logits=base,
             added=added,
-            normaliser=normaliser,
-            steered_logprobs=steered - normaliser[:, None],
+            steered_logprobs=torch.log_softmax(steered, dim=-1),
             adapter_logprobs=[logprobs for _, logprobs in terms],
             failed=failed,
         )
 
     def _terms(
         self, rows: Sequence[SteeredRow], by_version: Mapping[VersionId, "_Table"]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(alpha `[R, 1]`, log-probabilities `[R, V]`) for each position in the steering.
+    ) -> list[tuple[float | Tensor, Tensor]]:
+        """(alpha, log-probabilities `[R, V]`) for each position in the steering; alpha is `[R, 1]` or the same in all.
 
         Terms stay in the order asked for, so that a row's sum does not depend on its neighbours. A row with fewer
         terms than others gets alpha 0 for the rest.
         """
-        terms: list[tuple[Tensor, Tensor]] = []
+        terms: list[tuple[float | Tensor, Tensor]] = []
         for position in range(max((len(row.terms) for row in rows), default=0)):
             alphas: list[float] = []
             places: list[tuple[VersionId, int]] = []
@@ -194,7 +194,10 @@ class SteeringCore:
                 alphas.append(alpha if has_term else 0.0)
                 places.append((resident.version, by_version[resident.version].places[id(row)]))
             logprobs = _gather_rows(by_version, places)
-            terms.append((torch.tensor(alphas, dtype=logprobs.dtype, device=logprobs.device)[:, None], logprobs))
+            if len(set(alphas)) == 1:
+                terms.append((alphas[0], logprobs))
+            else:
+                terms.append((torch.tensor(alphas, dtype=logprobs.dtype, device=logprobs.device)[:, None], logprobs))
         return terms
 
     def _forward_all(self, rows: Sequence[SteeredRow]) -> dict[VersionId, "_Table"]:

@@ -18,7 +18,7 @@ TrimtabError
 │   ├── EngineUnavailableError   503  no engine is ready; `retry_after_s` says when to ask again
 │   ├── EngineRequestError            the engine refused the request; carries its status and error object
 │   ├── EngineTimeoutError       504  the answer took longer than the gateway allows
-│   └── EngineDiedError          503  the engine went away in the middle of an answer; the same request may be sent again
+│   └── EngineDiedError          503  it went away in the middle of an answer; ask again
 ├── SteeringError                500  steering of this request failed; it is never answered unsteered
 ├── RewardError                  502  a reward could not be computed; never 0
 └── StorageError                 500  the database or the spool failed

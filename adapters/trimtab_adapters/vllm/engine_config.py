@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.config import VllmConfig
 from vllm.tokenizers import get_tokenizer
 
-from trimtab_adapters.attention import AttentionKernel
+from trimtab_adapters.adapter_lm import Backend
 from trimtab_adapters.contract.manifest import vocabulary_fingerprint
 from trimtab_adapters.residents import BaseModel as BaseLM
 from trimtab_adapters.residents import Residents
@@ -60,13 +60,15 @@ def build_residents(vllm_config: VllmConfig, device: torch.device) -> Residents:
         torch.device(device),
         kv_bytes=config.kv_bytes,
         dtype=dtype,
-        kernels=_kernels(torch.device(device)),
+        backend=_backend(torch.device(device)),
     )
 
 
-def _kernels(device: torch.device) -> list[AttentionKernel]:
+def _backend(device: torch.device) -> Backend:
     if device.type != "cpu":
-        return []
-    from trimtab_adapters.vllm.cpu_attention import CpuKernel  # noqa: PLC0415 - exists in vLLM's CPU build only
+        return Backend()
+    # These operators exist in vLLM's CPU build only.
+    from trimtab_adapters.vllm.cpu_attention import CpuKernel  # noqa: PLC0415
+    from trimtab_adapters.vllm.cpu_ops import CpuOps  # noqa: PLC0415
 
-    return [CpuKernel()]
+    return Backend(CpuKernel(), CpuOps())

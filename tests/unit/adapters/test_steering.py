@@ -147,11 +147,17 @@ def test_a_row_that_fits_no_pool_fails_alone_with_a_reason(tiny_models: TinyMode
     assert steer(core, [short], logits).rows == [short]
 
 
+NAN_AT = torch.tensor([5])
+
+
 def test_nan_from_an_adapter_fails_only_the_rows_that_use_it(
-    core: SteeringCore, residents: Residents, tiny_models: TinyModels
+    core: SteeringCore, residents: Residents, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, other = load(residents, tiny_models.adapter), load(residents, tiny_models.other)
-    residents.committed[adapter].adapter.model.lm_head.weight[5] = math.nan
+    forward = residents.committed[adapter].adapter.forward
+    monkeypatch.setattr(
+        residents.committed[adapter].adapter, "forward", lambda *given: forward(*given).index_fill(1, NAN_AT, math.nan)
+    )
     broken = core.open(params("x", (other, 1.0), (adapter, 1.0)), [1, 2], [])
     healthy = core.open(params("y", (other, 1.0)), [1, 2], [])
     logits = base_logits(2)
@@ -172,7 +178,7 @@ def test_an_exception_in_an_adapter_fails_only_the_rows_that_use_it(
     def explode(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(residents.committed[adapter].adapter.model, "forward", explode)
+    monkeypatch.setattr(residents.committed[adapter].adapter, "forward", explode)
     broken = core.open(params("x", (adapter, 1.0)), [1, 2], [])
     healthy = core.open(params("y", (other, 1.0)), [1, 2], [])
     result = steer(core, [broken, healthy], base_logits(2))

@@ -1,0 +1,132 @@
+"""The forward pass of the Llama family without transformers' modules: fewer, larger operations for the same numbers.
+
+transformers' modules cost some forty small operations a layer, which for a small adapter LM is more time than its
+matrix products. Here query, key and value are one product, so are the two inputs of the MLP, and everything between
+products is one call each. Other families run through transformers' own modules; whichever it is, an adapter LM is
+compared with its own implementation when it is loaded.
+
+Letters: T new tokens of all rows, E hidden size, H query heads, K key/value heads, D head size, A width of the logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab_adapters.attention import PagedBatch
+from trimtab_adapters.dense_ops import DenseOps, Linear
+
+FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+"""Classes of transformers whose layers are the ones written here."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Weights of one layer. `head_norms` are Qwen3's norms of each query and key head."""
+
+    input_norm: Tensor
+    qkv: Linear
+    head_norms: tuple[Tensor, Tensor] | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    sliding_window: int | None
+
+
+class LeanDecoder:
+    """A decoder of one of `FAMILIES`, built from a transformers model whose matrices it takes over.
+
+    Args:
+        model: The transformers model. Its large weights may be freed afterwards: what is needed is kept here.
+        ops: The arithmetic.
+    """
+
+    def __init__(self, model: Any, ops: DenseOps) -> None:
+        config, decoder = model.config, model.model
+        self._ops = ops
+        self._num_heads: int = config.num_attention_heads
+        self._num_kv_heads: int = config.num_key_value_heads
+        self._head_dim: int = decoder.layers[0].self_attn.head_dim
+        self._scaling: float = decoder.layers[0].self_attn.scaling
+        self._eps: float = config.rms_norm_eps
+        self._rotary = decoder.rotary_emb
+        self._embedding: Tensor = decoder.embed_tokens.weight.detach()
+        self._final_norm: Tensor = decoder.norm.weight.detach()
+        self._head = _linear(ops, model.lm_head)
+        self._layers = [_layer(ops, layer, config) for layer in decoder.layers]
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """Whether the model is one of `FAMILIES`, with nothing unusual in its configuration."""
+        config = model.config
+        return (
+            type(model).__name__ in FAMILIES
+            and config.hidden_act == "silu"
+            and getattr(config, "quantization_config", None) is None
+            and all(type(m).__name__ == "Linear" for m in (model.lm_head, model.model.layers[0].self_attn.q_proj))
+        )
+
+    def forward(self, batch: PagedBatch, wanted: Tensor) -> Tensor:
+        """Next-token logits `[len(wanted), A]` at these places of the packed tokens."""
+        ops = self._ops
+        residual = self._embedding[batch.token_ids]
+        cos, sin = self._rotary(residual[None], batch.positions[None])
+        half = self._head_dim // 2
+        cos_sin = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+        hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
+        for number, layer in enumerate(self._layers):
+            attended = self._attend(layer, number, batch, hidden, cos_sin)
+            hidden, residual = ops.add_rms_norm(layer.output(attended), residual, layer.mlp_norm, self._eps)
+            hidden = layer.down(ops.silu_and_mul(layer.gate_up(hidden)))
+            if number + 1 < len(self._layers):
+                norm = self._layers[number + 1].input_norm
+                hidden, residual = ops.add_rms_norm(hidden, residual, norm, self._eps)
+        last = ops.add_rms_norm(hidden[wanted], residual[wanted], self._final_norm, self._eps)[0]
+        return self._head(last)
+
+    def _attend(self, layer: _Layer, number: int, batch: PagedBatch, hidden: Tensor, cos_sin: Tensor) -> Tensor:
+        heads = layer.qkv(hidden).view(-1, self._num_heads + 2 * self._num_kv_heads, self._head_dim)
+        sizes = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
+        query, key, value = torch.split(heads, sizes, dim=1)
+        if layer.head_norms is not None:
+            query = self._ops.rms_norm(query.contiguous(), layer.head_norms[0], self._eps)
+            key = self._ops.rms_norm(key.contiguous(), layer.head_norms[1], self._eps)
+        query, key = self._ops.rotate(query, cos_sin), self._ops.rotate(key, cos_sin)
+        window = layer.sliding_window
+        attended = batch.attend(number, query, key, value, scaling=self._scaling, sliding_window=window)
+        return attended.reshape(len(hidden), -1)
+
+    def free(self) -> None:
+        """Let go of all weights."""
+        self._layers.clear()
+        empty = self._embedding.new_empty(0)
+        self._embedding, self._final_norm, self._head = empty, empty, lambda x: x
+
+
+def _layer(ops: DenseOps, layer: Any, config: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
+    if hasattr(attention, "sliding_window"):
+        window = attention.sliding_window
+    else:  # Mistral has one for all layers
+        window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    return _Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=_linear(ops, attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=norms,
+        output=_linear(ops, attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=_linear(ops, mlp.gate_proj, mlp.up_proj),
+        down=_linear(ops, mlp.down_proj),
+        sliding_window=window,
+    )
+
+
+def _linear(ops: DenseOps, *modules: Any) -> Linear:
+    """One product for several linear modules with the same input."""
+    weights = [module.weight.detach() for module in modules]
+    biases = [module.bias.detach() for module in modules if module.bias is not None]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return ops.linear(weight, torch.cat(biases) if biases else None)

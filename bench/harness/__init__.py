@@ -1,0 +1,1 @@
+"""What the bench scripts share: random models, systems in processes of their own, statistics."""
