@@ -47,9 +47,7 @@ def main(argv: list[str]) -> int:
         }
         workers["steered2"] = workers["steered"]
         rows = [
-            _measure(workers, wanted, options, batch, prompt)
-            for prompt in options.prompts
-            for batch in options.batches
+            _measure(workers, wanted, options, batch, prompt) for prompt in options.prompts for batch in options.batches
         ]
     result = {"machine": describe_machine(), "options": _plain(options), "rows": rows}
     _print(rows)
@@ -126,9 +124,7 @@ def _measure(
     return row
 
 
-def _works(
-    prompts: tuple[tuple[int, ...], ...], batch: int, options: argparse.Namespace
-) -> Iterator[tuple[str, Work]]:
+def _works(prompts: tuple[tuple[int, ...], ...], batch: int, options: argparse.Namespace) -> Iterator[tuple[str, Work]]:
     def work(num_rows: int, *steerings: tuple[tuple[int, float], ...]) -> Work:
         return Work(
             prompts[:num_rows],

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_PART = 256
+"""Values of a row that `argmax` takes at a time."""
+
 
 def adapter_logprobs(adapter_logits: Tensor, *, vocab_size: int, num_known: int) -> Tensor:
     """Log-probabilities of an adapter LM over the base model's vocabulary.
@@ -74,3 +77,17 @@ def kl_to_base(steered_logits: Tensor, base_logits: Tensor) -> Tensor:
     steered, base = torch.log_softmax(steered_logits, dim=-1), torch.log_softmax(base_logits, dim=-1)
     difference = torch.where(torch.isneginf(steered), 0.0, steered - base)
     return (steered.exp() * difference).sum(dim=-1)
+
+
+def argmax(values: Tensor) -> Tensor:
+    """First index of the largest value in each row, `[R, V]` -> `[R]`, as `Tensor.argmax` finds it.
+
+    PyTorch's maximum is a vectorised loop on CPU and its argmax is not: finding the largest part of a row first and
+    searching that alone is several times faster.
+    """
+    num_rows, width = values.shape
+    if width % _PART or width == _PART:
+        return values.argmax(dim=-1)
+    parts = values.view(num_rows, -1, _PART)
+    best = parts.amax(dim=-1).argmax(dim=-1)
+    return best * _PART + parts[torch.arange(num_rows, device=values.device), best].argmax(dim=-1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trimtab_adapters import mixing
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_adapters.steering import SteeredRow, StepResult
 
@@ -84,7 +85,7 @@ class RecordBuffer:
         # it is finite there. `added` is finite everywhere, also where both are minus infinity.
         constant = steered_value - base - added.gather(1, column)[:, 0]
         kl = torch.linalg.vecdot(steered.exp(), added) + constant
-        flipped = base_logits.argmax(dim=-1) != steered.argmax(dim=-1)
+        flipped = mixing.argmax(base_logits) != mixing.argmax(steered)
         adapters = [logprobs[places].gather(1, column)[:, 0].tolist() for logprobs in result.adapter_logprobs]
         columns = zip(
             asked,

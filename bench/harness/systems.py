@@ -43,7 +43,7 @@ class Work:
         steerings: For each prompt the (index of adapter, alpha) terms; empty leaves the row unsteered.
         record: Whether steered rows keep their log-probabilities.
         fresh: Forget cached prefixes first.
-        seed: None for greedy decoding.
+        temperature: 0 is greedy decoding.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -203,9 +203,7 @@ class _VllmRunner:
 
         steered: dict[str, Any] = {}
         if steering:
-            weights = [
-                AdapterWeight(name=f"a{index}", version=self._versions[index], alpha=a) for index, a in steering
-            ]
+            weights = [AdapterWeight(name=f"a{index}", version=self._versions[index], alpha=a) for index, a in steering]
             params = SteeringParams(uid=uid, adapters=weights, record=work.record)
             steered = {"logprobs": 0, "extra_args": dict(params.to_xargs())}
         return SamplingParams(

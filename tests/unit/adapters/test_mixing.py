@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trimtab_adapters.mixing import adapter_logprobs, kl_to_base, steer, steering_term
+from trimtab_adapters.mixing import adapter_logprobs, argmax, kl_to_base, steer, steering_term
 
 P = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
 Q = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64)
@@ -95,3 +95,12 @@ def test_gradients_flow_through_the_combined_softmax() -> None:
     pi = torch.softmax(P.log() + alpha * z.detach(), -1)
     expected = alpha * (pi - torch.eye(3, dtype=torch.float64)[y])
     assert gradient.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 100, 256, 512, 1024, 32_768])
+def test_argmax_finds_the_first_largest_value_also_among_ties_and_minus_infinity(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    values = torch.randint(0, 5, (64, width), generator=generator).float()
+    values[::3] = -torch.inf
+    values[::3, width // 2] = 1.0
+    assert torch.equal(argmax(values), values.argmax(dim=-1))
