@@ -110,7 +110,6 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
     @override
     def apply_staged_writes(self) -> None:
         """Once per step, after requests came and went: let go of what belongs to requests that are gone."""
-        self.result = None
         try:
             if self.is_occupied is not None:
                 for slot in [slot for slot in self._rows if not self.is_occupied(slot)]:
@@ -121,7 +120,6 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
 
     @override
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        self.result = None
         scheduled = self._scheduled(logits.shape[0], ctx)
         if not scheduled:
             return logits

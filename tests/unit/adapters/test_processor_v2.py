@@ -96,10 +96,10 @@ def test_a_preempted_request_goes_on_in_another_slot(bench: V2Bench) -> None:
     assert bench.num_held == 1, "the preempted row holds nothing"
     bench.step({"second": 1, "third": 4}, arrive=["third"])
     assert bench.engine.slot("third") == slot
-    rows = bench.step({"second": 1, "third": 1, "first": 10}, arrive=["first"])
+    rows = bench.step({"second": 1, "third": 1, "first": 26}, arrive=["first"])  # the prompt and one of two outputs
     assert bench.engine.slot("first") != slot
-    assert [row.counts for row in rows] == [True, True, False]
-    bench.step({"second": 1, "third": 1, "first": 17})  # 25 of the prompt and 2 outputs
+    assert [(row.name, row.counts) for row in rows] == [("second", True), ("third", True), ("first", False)]
+    bench.step({"second": 1, "third": 1, "first": 1})
     bench.step({"second": 1, "third": 1, "first": 1})
     (record,) = bench.processor.records.take(["first"])
     assert (record.status, record.num_tokens) == ("ok", 4)
@@ -124,6 +124,17 @@ def test_a_resume_that_lost_its_newest_token_goes_on_from_what_the_runner_has(be
     bench.step({"first": 1})
     (record,) = bench.processor.records.take(["first"])
     assert (record.status, record.num_tokens) == ("ok", 3)
+
+
+def test_a_step_that_steers_nothing_reports_nothing(bench: V2Bench) -> None:
+    """The processor is not even called; the step before must not be reported a second time."""
+    bench.add("steered", 4)
+    bench.add("plain", 4, [])
+    bench.step({"steered": 4}, arrive=["steered"])
+    (row,) = bench.step({"plain": 4}, arrive=["plain"])
+    assert bench.logprob(row) == pytest.approx(float(torch.log_softmax(row.base, -1).max()), abs=TOLERANCE)
+    (record,) = bench.processor.records.take(["steered"])
+    assert (record.num_tokens, record.token_ids) == (1, bench.engine.requests["steered"].outputs)
 
 
 def test_a_request_that_is_not_scheduled_keeps_its_row(bench: V2Bench) -> None:
