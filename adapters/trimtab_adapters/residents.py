@@ -93,6 +93,25 @@ class ResidentVersion:
             waiting = [number for number in waiting if number not in finished]
         return torch.stack([row for row in logits if row is not None])
 
+    def prefill(self, caches: Sequence[SequenceCache], token_ids: Sequence[list[int]], *, max_tokens: int) -> None:
+        """Bring caches to prefix + tokens ahead of need, as far as there is room; nobody's blocks are taken for it.
+
+        Raises:
+            Exception: Whatever a forward pass raises; the caches named may then hold garbage.
+        """
+        wanted = [len(self.prefix) + len(tokens) for tokens in token_ids]
+        pending = [
+            self._missing(cache, tokens) if len(cache.tokens) < goal else []
+            for cache, tokens, goal in zip(caches, token_ids, wanted, strict=True)
+        ]
+        waiting = [number for number, missing in enumerate(pending) if missing]
+        while waiting:
+            packed, counts, finished = self._pack(caches, pending, waiting, max_tokens)
+            if not packed:
+                return
+            self.adapter.forward(self.adapter.batch(self.pool, [caches[number] for number in packed], counts), [])
+            waiting = [number for number in waiting if number not in finished]
+
     def _missing(self, cache: SequenceCache, tokens: list[int]) -> list[int]:
         """What must be computed to have the logits after prefix + tokens; at least the last token."""
         num_prefix, num_wanted = len(self.prefix), len(self.prefix) + len(tokens)

@@ -137,6 +137,31 @@ class SteeringCore:
         row.terms.clear()
         row.caches.clear()
 
+    def prefill(self, rows: Sequence[tuple[SteeredRow, int]]) -> None:
+        """Let adapter LMs read what the base has read of prompts that are still in chunked prefill.
+
+        So the work of a long prompt is spread over as many steps as the base takes, instead of making all rows of the
+        batch wait when it is needed. Never raises: what could not be done here is done, or fails, in `step`.
+
+        Args:
+            rows: Open rows, each with the number of its tokens that the base has computed.
+        """
+        groups: dict[VersionId, tuple[ResidentVersion, list[tuple[SequenceCache, list[int]]]]] = {}
+        for row, num_tokens in rows:
+            if row.error is not None or num_tokens <= 0:
+                continue
+            for (resident, _), cache in zip(row.terms, row.caches, strict=True):
+                group = groups.setdefault(resident.version, (resident, []))
+                group[1].append((cache, row.tokens[:num_tokens]))
+        for resident, members in groups.values():
+            caches = [cache for cache, _ in members]
+            try:
+                resident.prefill(caches, [tokens for _, tokens in members], max_tokens=self.max_forward_tokens)
+            except Exception:  # an exception that leaves a processor kills the engine for good
+                logger.exception("adapter version %s failed while reading a prompt ahead", resident.version)
+                for cache in caches:
+                    resident.pool.discard(cache)
+
     def step(self, rows: Sequence[tuple[SteeredRow, int]], logits: Tensor) -> StepResult | None:
         """Steer some rows of a step's logits in place.
 

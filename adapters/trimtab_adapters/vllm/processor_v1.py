@@ -44,13 +44,15 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
     """Adds adapter log-probabilities to the logits of the rows that asked for it.
 
     The worker extension attaches what only the runner knows: `discarded`, the mask of rows whose sample is thrown away,
-    `before_step`, a hook called when a step's batch is known, and the recording sampler. Until then steered requests
-    fail, because their failures could not be reported.
+    `computed`, how many tokens of each row the base has computed when this step is done, `before_step`, a hook called
+    when a step's batch is known, and the recording sampler. Until then steered requests fail, because their failures
+    could not be reported.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         super().__init__(build_residents(vllm_config, device))
         self.discarded: Callable[[int], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
+        self.computed: Callable[[int], Sequence[int]] | None = None
         self.before_step: Callable[[], None] | None = None
         self._occupants: dict[int, _Occupant] = {}
 
@@ -102,19 +104,33 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         if not self._occupants:
             return logits
-        self.steer(self._rows(logits.shape[0]), logits)
+        num_rows = logits.shape[0]
+        try:
+            rows = self._rows(num_rows)
+        except Exception:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("the rows of a step could not be told; all steered rows of this step fail")
+            rows = [(occupant.row, index) for index, occupant in self._occupants.items() if index < num_rows]
+            for row, _ in rows:
+                row.error = row.error or "internal error while tracking the batch"
+        self.steer(rows, logits)
         return logits
 
     def _rows(self, num_rows: int) -> Sequence[tuple[SteeredRow, int]]:
         """The steered rows of this step whose sample counts, with their tokens brought up to date."""
         discarded = self.discarded(num_rows) if self.discarded is not None else None
+        computed = self.computed(num_rows) if self.computed is not None else None
         rows: list[tuple[SteeredRow, int]] = []
+        prefilling: list[tuple[SteeredRow, int]] = []
         for index, occupant in self._occupants.items():
-            if index >= num_rows or (discarded is not None and discarded[index]):
+            if index >= num_rows:
+                continue
+            if discarded is not None and discarded[index]:
+                prefilling.append((occupant.row, computed[index] if computed is not None else 0))
                 continue
             row = occupant.row
             if self.discarded is None:
                 row.error = row.error or NOT_ATTACHED
             row.append(occupant.output_token_ids[row.num_output_tokens :])
             rows.append((row, index))
+        self.core.prefill(prefilling)
         return rows

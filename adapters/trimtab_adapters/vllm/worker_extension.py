@@ -106,6 +106,8 @@ def _attach_v1(processor: SteeringProcessor, runner: Any) -> None:
     if not isinstance(runner.sampler, RecordingSampler):
         runner.sampler = RecordingSampler(runner.sampler, processor)
     processor.discarded = lambda num_rows: runner.discard_request_mask.np[:num_rows]
+    # Computed before this step and scheduled in it; exact without speculative decoding.
+    processor.computed = lambda num_rows: runner.optimistic_seq_lens_cpu[:num_rows].tolist()
     if runner.device.type == "cpu":
         processor.before_step = lambda: replace_generators(runner)
 

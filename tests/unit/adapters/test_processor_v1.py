@@ -158,18 +158,33 @@ def test_an_internal_error_never_leaves_the_processor(
     def explode(*_: object) -> None:
         raise RuntimeError("bug")
 
-    if method == "_update":
-        monkeypatch.setattr(bench.processor, "_update", explode)
-        bench.processor.update_state(update())
-    else:
-        monkeypatch.setattr(bench.processor.core, "_forward_all", explode)
-        monkeypatch.setattr(bench.processor.core, "_terms", lambda rows, tables: [])
-        bench.processor.update_state(None)
+    monkeypatch.setattr(bench.processor, method, explode)
+    bench.processor.update_state(update())
     base = torch.randn(4, VOCAB_SIZE)
-    if method == "_update":
-        assert torch.equal(bench.processor.apply(base.clone()), base)
-        assert bench.processor.result is not None
-        assert len(bench.processor.result.failed) == 1
+    assert torch.equal(bench.processor.apply(base.clone()), base)
+    assert bench.processor.result is not None
+    ((row, _),) = bench.processor.result.failed
+    assert "internal error" in str(row.error)
+
+
+def test_the_adapter_reads_a_long_prompt_as_far_as_the_base_has(bench: Bench) -> None:
+    prompt = [1 + number % 50 for number in range(100)]
+    bench.processor.discarded = lambda num_rows: np.array([True])
+    bench.processor.computed = lambda num_rows: [32]
+    steered = sampling(params("long", (bench.version, 1.0)))
+    bench.processor.update_state(update(added=((0, steered, prompt, []),), size=1))
+    base = torch.randn(1, VOCAB_SIZE)
+    assert torch.equal(bench.processor.apply(base.clone()), base)
+    pool = bench.processor.residents.committed[bench.version].pool
+    assert pool.counters.computed_tokens == 32
+    bench.processor.computed = lambda num_rows: [64]
+    bench.processor.update_state(None)
+    bench.processor.apply(base.clone())
+    assert pool.counters.computed_tokens == 64
+    bench.processor.discarded = lambda num_rows: np.array([False])
+    bench.processor.update_state(None)
+    bench.processor.apply(base.clone())
+    assert pool.counters.computed_tokens == 100
 
 
 def test_parameters_are_checked_in_the_front_end(tiny_models: TinyModels) -> None:

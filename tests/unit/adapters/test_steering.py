@@ -271,3 +271,43 @@ def test_records_nobody_takes_are_bounded(core: SteeringCore, residents: Residen
         records.observe(steer(core, [row], base_logits(1)), torch.tensor([1]))
         core.close(row)
     assert [record.uid for record in records.take([f"u{n}" for n in range(5)])] == ["u2", "u3", "u4"]
+
+
+def test_a_prompt_read_ahead_is_not_read_again_and_is_steered_alike(
+    core: SteeringCore, residents: Residents, tiny_models: TinyModels, reference: Reference
+) -> None:
+    version = load(residents, tiny_models.other)  # it has a prefix
+    pool = residents.committed[version].pool
+    tokens = [1 + number % 90 for number in range(70)]
+    row = core.open(params("u", (version, 1.0)), tokens, [])
+    core.prefill([(row, 30)])
+    assert pool.counters.computed_tokens == 31
+    core.prefill([(row, 30)])
+    assert pool.counters.computed_tokens == 31, "asking twice costs nothing"
+    core.prefill([(row, 50)])
+    logits = base_logits(1)
+    steer(core, [row], logits)
+    assert pool.counters.computed_tokens == 71
+    expected = base_logits(1)[0] + reference.logprobs("other", tokens)
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0.0)
+
+
+def test_reading_ahead_takes_no_row_down_and_leaves_no_garbage(
+    core: SteeringCore,
+    residents: Residents,
+    tiny_models: TinyModels,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = load(residents, tiny_models.adapter)
+    adapter = residents.committed[version].adapter
+    tokens = [1 + number % 90 for number in range(70)]
+    row = core.open(params("u", (version, 1.0)), tokens, [])
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter, "forward", lambda *_: 1 / 0)
+        core.prefill([(row, 60)])
+    assert row.error is None
+    logits = base_logits(1)
+    steer(core, [row], logits)
+    expected = base_logits(1)[0] + reference.logprobs("adapter", tokens)
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0.0)
