@@ -14,9 +14,9 @@ runner:
 - Warm-up sends requests of its own through all this, without `extra_args`.
 - An exception that leaves a processor kills the engine for good.
 
-The core keeps token ids on the host. So each step that steers copies the newest ids there, of all rows at once, with
-the whole history of those rows that are new or came back: exactly one copy, which waits for the step's forward pass.
-That is accepted in this first version; the core's own check for NaN waits at the same place.
+The core keeps token ids on the host. So each step with a steered row copies the newest ids there, of all rows at once,
+with what is not known yet of prompts and of rows that came back: exactly one copy, which waits for the step's forward
+pass. That is accepted in this first version; the core's own check for NaN waits at the same place.
 
 V2 applies penalties, logit bias and bad words *before* custom processors, V1 applies penalties after them. Presence and
 frequency penalties are sums and commute with steering; a repetition penalty multiplies, so here it scales the base's
@@ -50,12 +50,21 @@ _UNREADABLE = SteeringParams(uid="unreadable", adapters=[])
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scheduled:
-    """A steered row whose sample counts in this step: its logits row, its slot, its tokens including the newest."""
+    """A steered row in this step.
+
+    Attributes:
+        row: It.
+        index: Its row in the logits.
+        slot: The slot of its request.
+        num_tokens: Tokens that the base has seen of it when this step's forward pass is done.
+        counts: Whether its sample counts; False in the middle of a prefill.
+    """
 
     row: SteeredRow
     index: int
     slot: int
     num_tokens: int
+    counts: bool
 
 
 class SteeringProcessorV2(SteeringShell, LogitsProcessor):
@@ -120,37 +129,41 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
 
     @override
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        scheduled = self._scheduled(logits.shape[0], ctx)
-        if not scheduled:
+        if not self._rows:
             return logits
         try:
+            scheduled = self._scheduled(logits.shape[0], ctx)
             self._read_tokens(scheduled, ctx)
         except Exception as exc:  # boundary: an exception that leaves a processor kills the engine for good
-            logger.exception("token ids could not be read; the steered rows of this step fail")
-            for member in scheduled:
-                member.row.error = member.row.error or f"internal error while reading tokens: {type(exc).__name__}"
-        self.steer([(member.row, member.index) for member in scheduled], logits)
+            logger.exception("the batch of a step could not be read; its steered rows fail")
+            scheduled = self._fail_all(ctx, f"internal error while reading the batch: {type(exc).__name__}")
+        self.core.prefill([(member.row, member.num_tokens) for member in scheduled if not member.counts])
+        self.steer([(member.row, member.index) for member in scheduled if member.counts], logits)
         return logits
 
     def _scheduled(self, num_rows: int, ctx: LogitsContext) -> list[_Scheduled]:
-        """The steered rows of this step whose sample counts. Reads host memory only."""
+        """The steered rows of this step. Reads host memory only."""
         slots: list[int] = ctx.idx_mapping_np.tolist()
-        has_one_row_each = len(slots) == num_rows
-        if not has_one_row_each:  # draft tokens, refused at start: each of their rows must be seen to fail
-            slots = ctx.expanded_idx_mapping.tolist()
+        if len(slots) != num_rows:
+            raise RuntimeError(f"{num_rows} rows for {len(slots)} requests: draft tokens cannot be steered")
         found: list[_Scheduled] = []
         for index, slot in enumerate(slots):
             row = self._rows.get(slot)
             if row is None:
                 continue
-            num_tokens = 0
-            if has_one_row_each:
-                num_tokens = int(ctx.seq_lens_upper_bound_np[index])  # exact without speculative decoding
-                if num_tokens < self._req_states.prefill_len.np[slot]:
-                    continue
-            else:
-                row.error = row.error or "the engine sampled several rows of one request"
-            found.append(_Scheduled(row, index, slot, num_tokens))
+            num_tokens = int(ctx.seq_lens_upper_bound_np[index])  # exact without speculative decoding
+            counts = num_tokens >= int(self._req_states.prefill_len.np[slot])
+            found.append(_Scheduled(row, index, slot, num_tokens, counts))
+        return found
+
+    def _fail_all(self, ctx: LogitsContext, reason: str) -> list[_Scheduled]:
+        """Every logits row of a steered request, marked as failed."""
+        found: list[_Scheduled] = []
+        for index, slot in enumerate(ctx.expanded_idx_mapping.tolist()):
+            row = self._rows.get(slot)
+            if row is not None:
+                row.error = row.error or reason
+                found.append(_Scheduled(row, index, slot, num_tokens=0, counts=True))
         return found
 
     def _read_tokens(self, scheduled: Sequence[_Scheduled], ctx: LogitsContext) -> None:
@@ -162,7 +175,7 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
             num_known = len(member.row.tokens)
             if member.num_tokens < num_known:
                 member.row.error = "the engine went back behind tokens that it had sampled"
-            elif member.num_tokens > num_known + 1:  # new, or back after preemption
+            elif member.num_tokens > num_known + 1:  # part of a prompt, or back after preemption
                 pieces.append(self._req_states.all_token_ids.gpu[member.slot, num_known : member.num_tokens])
                 histories.append((member, member.num_tokens - num_known))
         if not healthy:

@@ -51,6 +51,24 @@ def test_a_row_in_chunked_prefill_is_left_alone_until_its_sample_counts(bench: V
     assert (record.status, record.num_tokens) == ("ok", 2)
 
 
+def test_the_adapter_reads_a_long_prompt_chunk_by_chunk_as_the_base_does(bench: V2Bench) -> None:
+    bench.add("first", 40)
+    bench.add("second", 9)
+    counters = bench.processor.residents.committed[bench.versions["adapter"]].pool.counters
+    computed = []
+    for schedule, arrive in (
+        ({"first": 15}, ["first"]),
+        ({"first": 1}, []),  # one token more, which is the one that the row was fed
+        ({"first": 16, "second": 9}, ["second"]),
+        ({"first": 8, "second": 1}, []),
+        ({"first": 1, "second": 1}, []),
+    ):
+        bench.step(schedule, arrive=arrive)
+        computed.append(counters.computed_tokens)
+    assert computed == [15, 16, 41, 50, 52]
+    assert counters.recomputed_tokens == 0
+
+
 def test_a_recycled_slot_closes_the_row_that_was_in_it(bench: V2Bench) -> None:
     """Also without the runner's table: `add_request` alone has to be enough."""
     bench.processor.is_occupied = lambda slot: True
@@ -219,9 +237,10 @@ def test_a_step_copies_token_ids_to_the_host_once(bench: V2Bench, monkeypatch: p
 
     monkeypatch.setattr(bench.processor, "apply", counted)
     bench.step({"first": 12}, arrive=["first"])
-    bench.step({"first": 1, "second": 30, "third": 1}, arrive=["second", "third"])
-    bench.step({"first": 1, "second": 1, "third": 1})
-    assert counts == [1, 1, 1]
+    bench.step({"first": 1, "second": 20, "third": 1}, arrive=["second", "third"])
+    bench.step({"second": 5})
+    bench.step({"first": 1, "second": 5, "third": 1})
+    assert counts == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"uid":"u","adapters":[{"name":"a","version":"x","alpha":1}]}', 5])
@@ -247,7 +266,7 @@ def test_an_unknown_version_fails_its_row(bench: V2Bench) -> None:
     assert "not loaded" in str(record.error)
 
 
-@pytest.mark.parametrize("place", ["_open", "_read_tokens", "core.step", "records.observe", "_close"])
+@pytest.mark.parametrize("place", ["_open", "_scheduled", "_read_tokens", "core.step", "records.observe", "_close"])
 def test_an_internal_error_fails_the_row_and_never_leaves_the_processor(
     bench: V2Bench, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +325,10 @@ def test_draft_rows_fail_each(bench: V2Bench) -> None:
     bench.step({"first": 4}, arrive=["first"])
     slot = bench.engine.slot("first")
     ctx = SimpleNamespace(
-        idx_mapping_np=torch.tensor([slot]).numpy(), expanded_idx_mapping=torch.tensor([slot, slot, slot])
+        idx_mapping_np=torch.tensor([slot]).numpy(),
+        expanded_idx_mapping=torch.tensor([slot, slot, slot]),
+        seq_lens_upper_bound_np=torch.tensor([5]).numpy(),
+        input_ids=torch.tensor([7, 8, 9], dtype=torch.int32),
     )
     base = torch.randn(3, VOCAB_SIZE)
     assert torch.equal(bench.processor.apply(base.clone(), ctx), base)
