@@ -284,3 +284,11 @@ def test_an_error_while_recording_is_over_with_the_step(desk: Desk, adapter: str
     want = torch.log_softmax(desk.reference.logprobs("adapter", LONG), dim=-1).max()
     assert float(output.logprobs_tensors.logprobs[0, 0]) == pytest.approx(float(want), abs=TOLERANCE)
     assert [record.status for record in processor.records.take(["third"])] == ["ok"]
+
+
+def test_a_failing_discard_mask_never_leaves_the_processor(desk: Desk, adapter: str, other: str) -> None:
+    admit_three(desk, adapter, other)
+    with faulty(desk.processor, "discarded", raising(RuntimeError("bug"))):
+        errors = desk.step()
+    assert [uid for uid, text in errors.items() if text] == ["faulty", "mixed", "healthy"]
+    assert_well(desk, adapter, other)

@@ -54,13 +54,6 @@ def test_a_malformed_request_does_not_drop_those_behind_it(desk: Desk) -> None:
     desk.step()  # `behind` is steered exactly, or failed; Desk refuses anything else
 
 
-@pytest.mark.xfail(reason="`_rows` is called outside the boundary of `apply`", raises=RuntimeError)
-def test_a_failing_discard_mask_never_leaves_the_processor(desk: Desk) -> None:
-    desk.admit("lost", [1, 2], (version_of(desk), 1.0))
-    desk.processor.discarded = explode
-    assert desk.step()["lost"]
-
-
 @pytest.mark.xfail(reason="the second call of `observe` is outside the boundary of `forward`", raises=RuntimeError)
 def test_a_record_buffer_that_always_fails_never_leaves_the_sampler(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
