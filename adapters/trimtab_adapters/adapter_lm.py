@@ -46,7 +46,7 @@ class AdapterLM:
         self._model: Any = model
         self._lean: LeanDecoder | None = None
         self.device = device
-        config = model.config.get_text_config()
+        self.config = config = model.config.get_text_config()
         num_heads = config.num_attention_heads
         self.num_logits = int(model.get_output_embeddings().weight.shape[0])
         """A, the width of the logits."""
@@ -151,9 +151,32 @@ def load_adapter_lm(
         raise AdapterError(f"{directory} cannot be loaded as a causal LM: {exc}") from exc
     _check_weights(model, report)
     model = model.to(device).eval().requires_grad_(False)
-    adapter = AdapterLM(model, device, backend)
+    try:
+        _refuse_hidden_attention(model.config.get_text_config())
+        adapter = AdapterLM(model, device, backend)
+    except AdapterError:
+        raise
+    except Exception as exc:
+        raise AdapterError(f"a {model.config.model_type} model cannot be run as an adapter LM: {exc}") from exc
     _choose_implementation(adapter, model)
     return adapter
+
+
+def _refuse_hidden_attention(config: Any) -> None:
+    """Refuse what a short comparison at load cannot see.
+
+    Raises:
+        AdapterError: The keys of a token depend on later tokens, or attention is cut somewhere far behind.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if "longrope" in kinds:
+        raise AdapterError(
+            "rotary embeddings of type longrope change with the length of the text, so that cached keys "
+            "would be wrong; they are not supported"
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise AdapterError("attention in chunks (attention_chunk_size) is not supported")
 
 
 def _check_weights(model: Any, report: dict[str, Any]) -> None:
@@ -200,23 +223,42 @@ def _self_test_tokens(adapter: AdapterLM) -> Tensor:
 
 
 def _expected(adapter: AdapterLM, model: Any) -> Tensor:
-    """Log-probabilities of the model's own forward pass after half of the tokens and after all, `[2, A]`."""
+    """Log-probabilities of the model's own forward pass after half of the tokens, all but one, and all, `[3, A]`."""
     ids = _self_test_tokens(adapter)
     logprobs = torch.log_softmax(model(input_ids=ids[None].to(adapter.device)).logits[0].float(), dim=-1)
-    return logprobs[[len(ids) // 2 - 1, len(ids) - 1]]
+    return logprobs[[len(ids) // 2 - 1, len(ids) - 2, len(ids) - 1]]
+
+
+def _refuse_hidden_window(config: Any, windows: set[int | None]) -> None:
+    """Refuse a sliding window that the model puts into its mask alone, which paged attention does not see.
+
+    Raises:
+        AdapterError: The configuration has a window and no layer asked for one.
+    """
+    kinds = getattr(config, "layer_types", None)
+    is_used = kinds is None or "sliding_attention" in kinds
+    if getattr(config, "sliding_window", None) and is_used and windows == {None}:
+        raise AdapterError(f"the sliding window of a {config.model_type} model is in its mask alone: not supported")
 
 
 def _largest_error(adapter: AdapterLM, expected: Tensor) -> float:
-    """Largest difference of log-probabilities when the tokens come in two chunks beside a second row."""
+    """Largest difference of log-probabilities when the tokens come in chunks and one by one, beside a second row."""
     tokens = _self_test_tokens(adapter).tolist()
     length, middle = len(tokens), len(tokens) // 2
     pool = KvPool(adapter.geometry, KvBudget(16 * adapter.geometry.block_bytes), adapter.device, min_blocks=16)
     whole, halves = SequenceCache(root=b"whole"), SequenceCache(root=b"halves")
-    pool.extend(whole, tokens)
+    pool.extend(whole, tokens[:-1])
     pool.extend(halves, tokens[:middle])
-    first = adapter.forward(adapter.batch(pool, [whole, halves], [length, middle]))
-    pool.extend(halves, tokens[middle:])
-    second = adapter.forward(adapter.batch(pool, [halves], [length - middle]))
-    got = torch.log_softmax(torch.cat((first, second)).float(), dim=-1)
-    error = (got - expected[[1, 0, 1]]).abs().max()
+    batches = [adapter.batch(pool, [whole, halves], [length - 1, middle])]
+    parts = [adapter.forward(batches[-1])]
+    pool.extend(halves, tokens[middle:-1])
+    batches.append(adapter.batch(pool, [halves], [length - 1 - middle]))
+    parts.append(adapter.forward(batches[-1]))
+    for sequence in (whole, halves):
+        pool.extend(sequence, tokens[-1:])
+    batches.append(adapter.batch(pool, [whole, halves], [1, 1]))
+    parts.append(adapter.forward(batches[-1]))
+    _refuse_hidden_window(adapter.config, {window for batch in batches for window in batch.windows})
+    got = torch.log_softmax(torch.cat(parts).float(), dim=-1)
+    error = (got - expected[[1, 0, 1, 2, 2]]).abs().max()
     return float(error) if bool(torch.isfinite(error)) else float("inf")

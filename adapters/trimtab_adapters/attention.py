@@ -79,6 +79,11 @@ class PagedBatch:
         self.slots = self.to_device(slots)
         self.last_index = self.to_device(self.starts + new - 1)
 
+    @property
+    def windows(self) -> set[int | None]:
+        """Sliding windows that layers have asked for so far, None for full attention."""
+        return set(self._plans)
+
     def to_device(self, values: "np.ndarray[Any, Any]") -> Tensor:
         """A host array on the pool's device."""
         return torch.from_numpy(values).to(self.pool.device, non_blocking=True)

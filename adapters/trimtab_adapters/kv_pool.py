@@ -21,7 +21,15 @@ copy faster. 16 is vLLM's choice too."""
 
 
 class PoolExhaustedError(Exception):
-    """Every block is held by a row and the budget allows no more."""
+    """Every block is held by a row and the budget allows no more.
+
+    Attributes:
+        place: Which of the rows of a pass does not fit, where that is known.
+    """
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,7 @@ class KvPool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._grow(min_blocks)
         if self.num_blocks < 2:
+            budget.allocated_bytes -= self.num_blocks * geometry.block_bytes
             raise PoolExhaustedError(
                 f"the adapter KV budget of {budget.total_bytes} bytes has no room for a block of {geometry.block_bytes}"
             )
@@ -163,7 +172,7 @@ class KvPool:
         try:
             for _ in range(num_blocks - len(sequence.blocks)):
                 taken.append(self._take())
-        except PoolExhaustedError:
+        except Exception:  # also when memory ran out while the pool grew
             for block in taken:
                 self._release(block)
             raise
@@ -198,11 +207,11 @@ class KvPool:
 
     def discard(self, sequence: SequenceCache) -> None:
         """Let a row go whose blocks may hold garbage, because a forward pass failed: nobody may find them by name."""
-        for block in sequence.blocks:
-            name = self._names[block]
-            if name is not None and self._references[block] == 1:
-                del self._by_name[name]
-                self._names[block] = None
+        own = [block for block in sequence.blocks if self._references[block] == 1]
+        for block in own:
+            self._unname(block)
+        for layer in self.layers:  # a NaN would poison whoever gets the block next: 0 times NaN is NaN
+            layer[own] = 0.0
         self.release(sequence)
 
     def _hold(self, block: int) -> None:
@@ -241,14 +250,14 @@ class KvPool:
         if num_more <= 0:
             return False
         shape = (self.num_blocks + num_more, self.geometry.block_elements)
-        for layer in range(self.geometry.num_layers):
-            # Zeros, because kernels multiply what lies behind a row's end by 0, and 0 times NaN is NaN.
-            grown = torch.zeros(shape, dtype=self.geometry.dtype, device=self.device)
-            if self.num_blocks:
-                grown[: self.num_blocks] = self.layers[layer]
-                self.layers[layer] = grown
-            else:
-                self.layers.append(grown)
+        # Zeros, because kernels multiply what lies behind a row's end by 0, and 0 times NaN is NaN. All layers or none:
+        # memory may run out at any of them.
+        grown = [
+            torch.zeros(shape, dtype=self.geometry.dtype, device=self.device) for _ in range(self.geometry.num_layers)
+        ]
+        for new, old in zip(grown, self.layers, strict=bool(self.layers)):
+            new[: self.num_blocks] = old
+        self.layers[:] = grown
         first = max(self.num_blocks, 1)
         self.num_blocks += num_more
         self._references.extend([0] * num_more)

@@ -59,6 +59,7 @@ class RecordBuffer:
         for row in result.rows:
             recording = self._recording(row)
             if recording.num_tokens > row.num_output_tokens:
+                self._num_tokens -= recording.num_tokens - row.num_output_tokens
                 recording.cut(row.num_output_tokens)
             elif recording.num_tokens < row.num_output_tokens and recording.error is None:
                 recording.error = "the engine sampled tokens of this request without steering or dropped their record"

@@ -170,7 +170,8 @@ class ResidentVersion:
                 return
         raise PoolExhaustedError(
             f"a row of {len(self.prefix) + len(token_ids[waiting[0]])} tokens does not fit into the adapter KV budget "
-            f"of {self.pool.budget.total_bytes} bytes"
+            f"of {self.pool.budget.total_bytes} bytes",
+            place=waiting[0],
         )
 
     def describe(self, state: str = "committed") -> LoadedVersion:
@@ -297,9 +298,9 @@ class Residents:
 
     def retire(self, version: VersionId) -> int:
         """Refuse new rows for a version; free it at once or with its last row. Returns the rows that still hold it."""
-        self._prepared.pop(version, None)
         self._failed.pop(version, None)
-        resident = self.committed.pop(version, None) or self._retiring.get(version)
+        # One that was prepared may have rows too: those that it had when it was wanted again before they ended.
+        resident = self.committed.pop(version, None) or self._prepared.pop(version, None) or self._retiring.get(version)
         if resident is None:
             return 0
         resident.is_usable = False

@@ -245,9 +245,9 @@ class SteeringCore:
                 if other != version and residents[other].pool is pool
                 for _, cache in group
             ]
-            logprobs = self._forward_version(residents[version], alive, victims)
-            if logprobs is not None:
-                tables[version] = _Table(logprobs, {id(row): place for place, (row, _) in enumerate(alive)})
+            table = self._forward_version(residents[version], alive, victims)
+            if table is not None:
+                tables[version] = table
         return tables
 
     def _forward_version(
@@ -255,8 +255,11 @@ class SteeringCore:
         resident: ResidentVersion,
         members: Sequence[tuple[SteeredRow, SequenceCache]],
         victims: Sequence[SequenceCache],
-    ) -> Tensor | None:
-        """One adapter version over all its rows, `[rows, V]`; None when it failed and the rows are marked."""
+    ) -> "_Table | None":
+        """One adapter version over all its rows; None when it failed and the rows are marked.
+
+        A row that fits no pool fails alone: the others are tried again without it.
+        """
         try:
             logits = resident.next_token_logits(
                 [cache for _, cache in members],
@@ -267,15 +270,17 @@ class SteeringCore:
             logprobs = mixing.adapter_logprobs(logits, vocab_size=self.vocab_size, num_known=resident.num_known)
             is_finite = torch.isfinite(logprobs.amin(dim=-1)).tolist()
         except PoolExhaustedError as exc:
-            _fail(resident, members, f"out of adapter KV cache: {exc}")
-            return None
+            misfits = members if exc.place is None else [members[exc.place]]
+            _fail(resident, misfits, f"out of adapter KV cache: {exc}")
+            rest = [member for member in members if member[0].error is None]
+            return self._forward_version(resident, rest, victims) if rest else None
         except Exception as exc:  # an exception that leaves a processor kills the engine for good
             logger.exception("adapter version %s failed in a forward pass", resident.version)
             _fail(resident, members, f"adapter version {resident.version} failed: {type(exc).__name__}")
             return None
         broken = [member for member, fine in zip(members, is_finite, strict=True) if not fine]
         _fail(resident, broken, f"adapter version {resident.version} produced NaN or infinite logits")
-        return logprobs
+        return _Table(logprobs, {id(row): place for place, (row, _) in enumerate(members)})
 
 
 @dataclass(frozen=True, slots=True)

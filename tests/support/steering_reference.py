@@ -1,5 +1,6 @@
 """The plain loop that steering is compared with, and short ways to set a core up."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ def load(residents: Residents, directory: Path) -> str:
     version = read_manifest(directory).version_id
     residents.prepare(version, str(directory))
     while residents.poll(version).state == "loading":
-        pass
+        time.sleep(0.002)  # a loop without it starves the loading thread of the interpreter
     residents.commit(version)
     return version
 

@@ -22,12 +22,14 @@ from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_adapters.contract.params import SteeringParams
+from trimtab_adapters.contract.params import XARGS_KEY
 from trimtab_adapters.steering import SteeredRow
 from trimtab_adapters.vllm.engine_config import build_residents
 from trimtab_adapters.vllm.shell import NOT_ATTACHED, SteeringShell
 
 logger = logging.getLogger(__name__)
+
+_UNTRACKED = "internal error while tracking the batch"
 
 
 class _Occupant:
@@ -66,25 +68,33 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
         try:
             if self.before_step is not None:
                 self.before_step()
-            if batch_update is None:
-                return
-            self._update(batch_update)
         except Exception:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("the hook before a step failed; the batch is tracked all the same")
+        if batch_update is None:
+            return
+        try:
+            self._update(batch_update)
+        except Exception:  # boundary, as above
             logger.exception("batch update failed; all steered rows of this batch fail")
-            for occupant in self._occupants.values():
-                occupant.row.error = occupant.row.error or "internal error while tracking the batch"
+            self._fail_batch(batch_update)
+
+    def _fail_batch(self, batch_update: BatchUpdate) -> None:
+        """After an update that broke off: nobody knows who is where, so every row that may be steered fails."""
+        for index, sampling_params, _, output_token_ids in batch_update.added:
+            if XARGS_KEY in (sampling_params.extra_args or {}):
+                self._occupants[index] = _Occupant(self.failed_row(_UNTRACKED), output_token_ids)
+        for occupant in self._occupants.values():
+            occupant.row.error = occupant.row.error or _UNTRACKED
 
     def _update(self, batch_update: BatchUpdate) -> None:
         for index in batch_update.removed:
             self._evict(index)
         for index, sampling_params, prompt_token_ids, output_token_ids in batch_update.added:
             self._evict(index)
-            params = SteeringParams.from_extra_args(sampling_params.extra_args)
-            if params is None or not params.active:
-                continue
             # Outputs are read in `apply`: now the newest may still be a placeholder.
-            row = self.core.open(params, prompt_token_ids, ())
-            self._occupants[index] = _Occupant(row, output_token_ids)
+            row = self.admit(sampling_params.extra_args, prompt_token_ids)
+            if row is not None:
+                self._occupants[index] = _Occupant(row, output_token_ids)
         for source, target, direction in batch_update.moved:
             moving, standing = self._occupants.pop(source, None), self._occupants.pop(target, None)
             if moving is not None:
@@ -92,13 +102,19 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
             if standing is not None and direction == MoveDirectionality.SWAP:
                 self._occupants[source] = standing
             elif standing is not None:
-                self.core.close(standing.row)
+                self._close(standing.row)
         self.residents.sweep()
 
     def _evict(self, index: int) -> None:
         occupant = self._occupants.pop(index, None)
         if occupant is not None:
-            self.core.close(occupant.row)
+            self._close(occupant.row)
+
+    def _close(self, row: SteeredRow) -> None:
+        try:
+            self.core.close(row)
+        except Exception:  # boundary, as above; the others of the batch must still be told where they are
+            logger.exception("a row could not be closed; its blocks may be lost")
 
     @override
     def apply(self, logits: Tensor) -> Tensor:
@@ -111,7 +127,7 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
             logger.exception("the rows of a step could not be told; all steered rows of this step fail")
             rows = [(occupant.row, index) for index, occupant in self._occupants.items() if index < num_rows]
             for row, _ in rows:
-                row.error = row.error or "internal error while tracking the batch"
+                row.error = row.error or _UNTRACKED
         self.steer(rows, logits)
         return logits
 

@@ -36,16 +36,11 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
-from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_adapters.contract.params import SteeringParams
 from trimtab_adapters.steering import SteeredRow
 from trimtab_adapters.vllm.engine_config import build_residents
 from trimtab_adapters.vllm.shell import NOT_ATTACHED, SteeringShell
 
 logger = logging.getLogger(__name__)
-
-_UNREADABLE = SteeringParams(uid="unreadable", adapters=[])
-"""Stands for parameters that cannot be parsed, which the front end refuses; one record serves all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +83,7 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
             row = self._open(req_idx, sampling_params)
         except Exception:  # boundary: an exception that leaves a processor kills the engine for good
             logger.exception("a request could not be admitted; it fails")
-            row = self.core.open(_UNREADABLE, (), ())
-            row.error = "internal error while admitting the request"
+            row = self.failed_row("internal error while admitting the request")
         if row is None:
             return False
         self._rows[req_idx] = row
@@ -97,15 +91,9 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
 
     def _open(self, slot: int, sampling_params: SamplingParams) -> SteeredRow | None:
         """The row of a request that wants steering; its tokens are read with its first sample."""
-        try:
-            params = SteeringParams.from_extra_args(sampling_params.extra_args)
-        except InvalidRequestError as exc:
-            row = self.core.open(_UNREADABLE, (), ())
-            row.error = exc.message
-            return row
-        if params is None or not params.active:
+        row = self.admit(sampling_params.extra_args, ())
+        if row is None:
             return None
-        row = self.core.open(params, (), ())
         row.num_prompt_tokens = int(self._req_states.prompt_len.np[slot])
         if self.is_occupied is None:
             row.error = row.error or NOT_ATTACHED

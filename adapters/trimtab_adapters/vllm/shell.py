@@ -8,6 +8,7 @@ vLLM 0.32.0 that both runners share: `SamplingParams` and `LogprobsTensors`.
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 NOT_ATTACHED = "the engine's recording sampler is not attached"
 """Why rows fail before `trimtab_attach`: their failures could not be reported."""
+
+_UNREADABLE = SteeringParams(uid="unreadable", adapters=[])
+"""Stands for parameters that cannot be parsed, which the front end refuses; one record serves all of them."""
 
 
 class SteeringShell:
@@ -55,6 +59,23 @@ class SteeringShell:
             raise ValueError(
                 "a steered request must ask for logprobs (0 is enough): they are how a failed row is reported"
             )
+
+    def admit(self, extra_args: dict[str, Any] | None, prompt_token_ids: Sequence[int] | None) -> SteeredRow | None:
+        """The row of a request, None when it wants no steering. Never raises: what is wrong is in the row's `error`."""
+        try:
+            params = SteeringParams.from_extra_args(extra_args)
+            return self.core.open(params, prompt_token_ids, ()) if params is not None and params.active else None
+        except InvalidRequestError as exc:
+            return self.failed_row(exc.message)
+        except Exception:  # boundary: an exception that leaves a processor kills the engine for good
+            logger.exception("a request could not be admitted; it fails")
+            return self.failed_row("internal error while admitting the request")
+
+    def failed_row(self, reason: str) -> SteeredRow:
+        """A row that asked for steering and cannot have it."""
+        row = self.core.open(_UNREADABLE, (), ())
+        row.error = reason
+        return row
 
     def forget_result(self) -> None:
         """Drop the last step's result, so that a step without steered rows leaves none."""
@@ -98,7 +119,10 @@ class SteeringShell:
         except Exception:  # boundary: an exception that leaves the sampler kills the engine for good
             logger.exception("recording failed; the steered rows of this step fail")
             result.fail_all("internal error while recording log-probabilities")
-            self.records.observe(result, sampled_token_ids)
+            try:
+                self.records.observe(result, sampled_token_ids)
+            except Exception:  # the mark below still tells the gateway that these rows failed
+                logger.exception("the reason of the failure could not be recorded either")
         if tensors is not None and result.failed:
             indices = torch.tensor([index for _, index in result.failed], device=tensors.logprobs.device)
             tensors.logprobs[indices] = FAILED_LOGPROB

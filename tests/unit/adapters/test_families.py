@@ -123,7 +123,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
 ]
 
-ACCEPTED_BUT_WRONG: list[tuple[str, dict[str, Any], str]] = [
+HARD_TO_SEE: list[tuple[str, dict[str, Any], str]] = [
     (
         "phi3",
         {
@@ -232,14 +232,11 @@ def test_a_family_that_cannot_be_run_is_refused_with_the_reason(
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [
-        pytest.param(family, options, marks=pytest.mark.xfail(reason=reason, raises=AssertionError))
-        for family, options, reason in ACCEPTED_BUT_WRONG
-    ],
+    [pytest.param(family, options, id=f"{family}: {reason}") for family, options, reason in HARD_TO_SEE],
     ids=name_of,
 )
 def test_a_family_is_exact_or_refused(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Found and not repaired yet: these are accepted and give other logits than their own."""
+    """Each differs from its own forward pass where a short comparison of whole prompts does not look."""
     write_family(tmp_path, family, options)
     try:
         load_adapter_lm(tmp_path, CPU, dtype=torch.float32)
@@ -248,7 +245,6 @@ def test_a_family_is_exact_or_refused(family: str, options: dict[str, Any], tmp_
     assert_exact(tmp_path)
 
 
-@pytest.mark.xfail(reason="AdapterLM reads the configuration outside of what load_adapter_lm translates")
 def test_a_configuration_that_cannot_be_read_is_refused_as_an_adapter_error(tmp_path: Path) -> None:
     """Gemma 4 has heads of two sizes; its configuration refuses to name one."""
     write_family(tmp_path, "gemma4_text", GROUPED | {"vocab_size_per_layer_input": NUM_TOKENS})

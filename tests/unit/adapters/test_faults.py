@@ -192,12 +192,6 @@ def test_nan_logits_of_one_row_fail_that_row_alone(desk: Desk, adapter: str, oth
     assert_well(desk, adapter, other)
 
 
-NAN_REMAINS = pytest.mark.xfail(
-    reason="NaN that a failed row leaves in a block is multiplied by 0 behind the end of the row that gets it next"
-)
-
-
-@NAN_REMAINS
 def test_weights_that_turn_nan_fail_their_version_until_they_are_right_again(
     desk: Desk, adapter: str, other: str
 ) -> None:
@@ -213,7 +207,6 @@ def test_weights_that_turn_nan_fail_their_version_until_they_are_right_again(
     assert_well(desk, adapter, other)
 
 
-@NAN_REMAINS
 def test_a_token_whose_embedding_is_nan_fails_only_the_rows_that_hold_it(desk: Desk, adapter: str, other: str) -> None:
     """Both siblings share the blocks that hold garbage; neither may leave them to be found."""
     desk.admit("first", LONG, (adapter, 1.0))

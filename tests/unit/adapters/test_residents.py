@@ -1,5 +1,6 @@
 import gc
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ CPU = torch.device("cpu")
 def live_bytes() -> int:
     """Memory of all tensors that anybody holds."""
     gc.collect()
-    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def wait(residents: Residents, version: str) -> Any:
     while (status := residents.poll(version)).state == "loading":
-        pass
+        time.sleep(0.002)  # a loop without it starves the loading thread of the interpreter
     return status
 
 

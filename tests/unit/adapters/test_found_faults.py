@@ -1,5 +1,6 @@
-"""Faults that were found and are not repaired yet, each as small as it can be. A repair takes the mark off its test."""
+"""Faults that were found by random schedules and by reading, each as small as it can be."""
 
+import time
 from typing import Any
 
 import pytest
@@ -37,15 +38,12 @@ def explode(*_: object, **__: object) -> Any:
     raise RuntimeError("bug")
 
 
-@pytest.mark.xfail(reason="an update that fails before its adds are read loses them: their rows are left unsteered")
 def test_a_request_that_arrives_in_a_failing_update_is_not_silently_unsteered(desk: Desk) -> None:
-    """The hook before a step raises, or one added request is malformed; design: never answered unsteered."""
     desk.processor.before_step = explode
     desk.admit("lost", [1, 2], (version_of(desk), 1.0))
-    assert desk.step()["lost"]
+    desk.step()  # `lost` is steered exactly, or failed; Desk refuses anything else
 
 
-@pytest.mark.xfail(reason="one request whose parameters cannot be parsed drops all adds behind it")
 def test_a_malformed_request_does_not_drop_those_behind_it(desk: Desk) -> None:
     malformed = desk.admit("malformed", [1, 2])
     malformed.sampling_params = SamplingParams(logprobs=0, extra_args={XARGS_KEY: "{"})
@@ -54,7 +52,6 @@ def test_a_malformed_request_does_not_drop_those_behind_it(desk: Desk) -> None:
     desk.step()  # `behind` is steered exactly, or failed; Desk refuses anything else
 
 
-@pytest.mark.xfail(reason="the second call of `observe` is outside the boundary of `forward`", raises=RuntimeError)
 def test_a_record_buffer_that_always_fails_never_leaves_the_sampler(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +61,6 @@ def test_a_record_buffer_that_always_fails_never_leaves_the_sampler(
     sample(desk.processor, torch.zeros(1, VOCAB_SIZE))
 
 
-@pytest.mark.xfail(reason="retire forgets a version that was prepared again while rows still held it")
 def test_a_version_prepared_again_and_retired_again_is_kept_for_its_rows(desk: Desk) -> None:
     version, residents = version_of(desk), desk.processor.residents
     desk.admit("row", [1, 2], (version, 1.0))
@@ -74,18 +70,16 @@ def test_a_version_prepared_again_and_retired_again_is_kept_for_its_rows(desk: D
     assert residents.retire(version) == 1, "its row is still there, so nothing was freed"
 
 
-@pytest.mark.xfail(reason="retiring a version that was never committed leaves its pool in the budget")
 def test_a_prepared_version_that_is_retired_gives_its_pool_back(tiny_models: TinyModels, residents: Residents) -> None:
     version = tiny_models.manifest("adapter").version_id
     residents.prepare(version, str(tiny_models.adapter))
     while residents.poll(version).state == "loading":
-        pass
+        time.sleep(0.002)  # a loop without it starves the loading thread of the interpreter
     assert residents.budget.allocated_bytes > 0
     residents.retire(version)
     assert residents.budget.allocated_bytes == 0
 
 
-@pytest.mark.xfail(reason="a pool that is refused for want of room keeps the one block that it could afford")
 def test_a_refused_pool_takes_nothing_from_the_budget() -> None:
     budget = KvBudget(GEOMETRY.block_bytes)
     with pytest.raises(PoolExhaustedError):
@@ -93,7 +87,6 @@ def test_a_refused_pool_takes_nothing_from_the_budget() -> None:
     assert budget.allocated_bytes == 0
 
 
-@pytest.mark.xfail(reason="growth that fails at a later layer leaves the first ones longer: it can never grow again")
 def test_a_pool_whose_growth_ran_out_of_memory_grows_later(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = KvPool(GEOMETRY, KvBudget(16 * GEOMETRY.block_bytes), CPU, min_blocks=2)
     sequence, plain, calls = SequenceCache(root=b"v"), torch.zeros, iter(range(9))
@@ -111,7 +104,6 @@ def test_a_pool_whose_growth_ran_out_of_memory_grows_later(monkeypatch: pytest.M
     assert pool.num_used == 3
 
 
-@pytest.mark.xfail(reason="only exhaustion gives blocks back that `extend` had already taken")
 def test_a_growth_that_ran_out_of_memory_loses_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = KvPool(GEOMETRY, KvBudget(16 * GEOMETRY.block_bytes), CPU, min_blocks=2)
     with monkeypatch.context() as patch:
@@ -121,7 +113,6 @@ def test_a_growth_that_ran_out_of_memory_loses_no_blocks(monkeypatch: pytest.Mon
     assert pool.num_used == 0
 
 
-@pytest.mark.xfail(reason="`cut` does not take the tokens that it forgets from the buffer's count")
 def test_steps_that_run_again_do_not_fill_the_record_buffer(desk: Desk) -> None:
     """Else the count only grows, and live records are dropped as if the buffer were full."""
     core, records = desk.processor.core, RecordBuffer()
@@ -134,7 +125,6 @@ def test_steps_that_run_again_do_not_fill_the_record_buffer(desk: Desk) -> None:
     assert records._num_tokens == 0
 
 
-@pytest.mark.xfail(reason="exhaustion fails all rows of the version in the step, not only the one that does not fit")
 def test_a_request_too_long_for_the_pool_fails_alone(tiny_models: TinyModels) -> None:
     block_bytes = 2 * 2 * 16 * 2 * 32 * 4
     small = Residents(base_description(tiny_models.base), CPU, kv_bytes=9 * block_bytes, dtype=torch.float32)
