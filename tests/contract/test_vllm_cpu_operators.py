@@ -71,6 +71,7 @@ def drawn(*shape: int) -> Tensor:
 DENSE: dict[str, Callable[[TorchOps | CpuOps], Tensor]] = {
     "linear": lambda ops: ops.linear(drawn(96, 64) / 8, drawn(96))(drawn(5, 64)),
     "linear without bias": lambda ops: ops.linear(drawn(96, 64) / 8, None)(drawn(1, 64)),
+    "linear of no rows": lambda ops: ops.linear(drawn(96, 64), None)(drawn(0, 64)),
     "rms_norm": lambda ops: ops.rms_norm(drawn(5, 64), drawn(64), 1e-6),
     "rms_norm of heads": lambda ops: ops.rms_norm(drawn(5, 3, 32), drawn(32), 1e-6),
     "add_rms_norm": lambda ops: torch.cat(ops.add_rms_norm(drawn(5, 64), drawn(5, 64) + 1, drawn(64), 1e-6)),
