@@ -73,6 +73,13 @@ class PoolCounters:
     recomputed_tokens: int = 0
 
 
+@dataclass(slots=True)
+class RootCounters(PoolCounters):
+    """The same of one adapter version, and how many blocks hold its keys and values now, in use or only kept."""
+
+    num_blocks: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class SequenceCache:
     """The blocks of one row for one adapter version.
@@ -110,10 +117,12 @@ class KvPool:
         self.budget = budget
         self.device = device
         self.counters = PoolCounters()
+        self.by_root: dict[bytes, RootCounters] = {}
         self.layers: list[Tensor] = []
         self.num_blocks = 0
         self._references: list[int] = []
         self._names: list[bytes | None] = []
+        self._roots: list[bytes] = []
         self._by_name: dict[bytes, int] = {}
         self._free: list[int] = []
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -140,6 +149,23 @@ class KvPool:
         more = self.budget.affordable(self.budget.total_bytes) // self.geometry.block_bytes
         return (self.num_blocks - 1 + more) * BLOCK_SIZE
 
+    def of_root(self, root: bytes) -> RootCounters:
+        """Counters of one adapter version."""
+        counters = self.by_root.get(root)
+        if counters is None:
+            counters = self.by_root[root] = RootCounters()
+        return counters
+
+    def forget(self, root: bytes) -> None:
+        """Give back all blocks that are kept for a version that nobody uses any more, and its counters."""
+        for block in [block for block in self._idle if self._roots[block] == root]:
+            del self._idle[block]
+            self._unname(block)
+            self._set_free(block)
+        counters = self.by_root.get(root)
+        if counters is not None and counters.num_blocks == 0:
+            del self.by_root[root]
+
     def match(self, sequence: SequenceCache, token_ids: Sequence[int]) -> int:
         """Point an empty sequence at the longest run of cached blocks that its tokens name.
 
@@ -159,6 +185,7 @@ class KvPool:
             sequence.tokens.extend(ids)
             parent = name
         self.counters.hit_tokens += len(sequence.tokens)
+        self.of_root(sequence.root).hit_tokens += len(sequence.tokens)
         return len(sequence.tokens)
 
     def extend(self, sequence: SequenceCache, token_ids: Sequence[int]) -> None:
@@ -171,7 +198,7 @@ class KvPool:
         taken: list[int] = []
         try:
             for _ in range(num_blocks - len(sequence.blocks)):
-                taken.append(self._take())
+                taken.append(self._take(sequence.root))
         except Exception:  # also when memory ran out while the pool grew
             for block in taken:
                 self._release(block)
@@ -179,6 +206,7 @@ class KvPool:
         sequence.blocks.extend(taken)
         sequence.tokens.extend(token_ids)
         self.counters.computed_tokens += len(token_ids)
+        self.of_root(sequence.root).computed_tokens += len(token_ids)
         while (len(sequence.names) + 1) * BLOCK_SIZE <= len(sequence.tokens):
             start = len(sequence.names) * BLOCK_SIZE
             parent = sequence.names[-1] if sequence.names else sequence.root
@@ -192,7 +220,9 @@ class KvPool:
     def truncate(self, sequence: SequenceCache, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` tokens, rounded down to whole blocks."""
         num_blocks = num_tokens // BLOCK_SIZE
-        self.counters.recomputed_tokens += len(sequence.tokens) - num_blocks * BLOCK_SIZE
+        num_lost = len(sequence.tokens) - num_blocks * BLOCK_SIZE
+        self.counters.recomputed_tokens += num_lost
+        self.of_root(sequence.root).recomputed_tokens += num_lost
         for block in sequence.blocks[num_blocks:]:
             self._release(block)
         del sequence.blocks[num_blocks:], sequence.names[num_blocks:], sequence.tokens[num_blocks * BLOCK_SIZE :]
@@ -223,19 +253,25 @@ class KvPool:
         self._references[block] -= 1
         if self._references[block] == 0:
             if self._names[block] is None:
-                self._free.append(block)
+                self._set_free(block)
             else:
                 self._idle[block] = None
 
-    def _take(self) -> int:
+    def _set_free(self, block: int) -> None:
+        self.by_root[self._roots[block]].num_blocks -= 1
+        self._free.append(block)
+
+    def _take(self, root: bytes) -> int:
         if not self._free and not self._grow(self.num_blocks):
             if not self._idle:
                 raise PoolExhaustedError(f"all {self.num_blocks - 1} blocks of the adapter KV cache are in use")
             oldest, _ = self._idle.popitem(last=False)
             self._unname(oldest)
-            self._free.append(oldest)
+            self._set_free(oldest)
         block = self._free.pop()
         self._references[block] = 1
+        self._roots[block] = root
+        self.of_root(root).num_blocks += 1
         return block
 
     def _unname(self, block: int) -> None:
@@ -262,6 +298,7 @@ class KvPool:
         self.num_blocks += num_more
         self._references.extend([0] * num_more)
         self._names.extend([None] * num_more)
+        self._roots.extend([b""] * num_more)
         self._free.extend(range(self.num_blocks - 1, first - 1, -1))
         self.budget.allocated_bytes += num_more * block_bytes
         return True

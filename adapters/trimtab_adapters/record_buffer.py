@@ -1,14 +1,14 @@
 """Records of steered candidates, kept in the engine until the gateway takes them."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from trimtab_adapters import mixing
-from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_adapters.contract.records import Alternative, Alternatives, SteeringRecord
 from trimtab_adapters.steering import SteeredRow, StepResult
 
 MAX_BUFFERED_TOKENS = 4_000_000
@@ -23,17 +23,40 @@ class _Recording:
     error: str | None = None
     token_ids: list[int] = field(default_factory=list)
     base: list[float] = field(default_factory=list)
-    adapters: list[list[float]] = field(default_factory=list)
+    adapters: list[list[float | None]] = field(default_factory=list)
+    negative: list[float | None] | None = None
     steered: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     flipped: list[bool] = field(default_factory=list)
+    alternatives: list[Alternatives] | None = None
 
     def cut(self, num_tokens: int) -> None:
         """Forget what was recorded after the first `num_tokens` tokens."""
         self.num_tokens = num_tokens
-        for values in (self.base, self.steered, self.kl, *self.adapters):
+        for values in (self.base, self.steered, self.kl):
             del values[num_tokens:]
+        for partial in (self.negative or [], *self.adapters):
+            del partial[num_tokens:]
         del self.token_ids[num_tokens:], self.flipped[num_tokens:]
+        if self.alternatives is not None:
+            del self.alternatives[num_tokens:]
+
+    def record(self, uid: str, start: int = 0) -> SteeringRecord:
+        """What the gateway gets, from token `start` on."""
+        return SteeringRecord(
+            uid=uid,
+            status="ok" if self.error is None else "failed",
+            error=self.error,
+            num_tokens=max(self.num_tokens - start, 0),
+            token_ids=self.token_ids[start:],
+            base_logprobs=self.base[start:],
+            adapter_logprobs=[values[start:] for values in self.adapters],
+            negative_logprobs=None if self.negative is None else self.negative[start:],
+            steered_logprobs=self.steered[start:],
+            kl=self.kl[start:],
+            flipped=self.flipped[start:],
+            alternatives=None if self.alternatives is None else self.alternatives[start:],
+        )
 
 
 class RecordBuffer:
@@ -88,6 +111,8 @@ class RecordBuffer:
         kl = torch.linalg.vecdot(steered.exp(), added) + constant
         flipped = mixing.argmax(base_logits) != mixing.argmax(steered)
         adapters = [logprobs[places].gather(1, column)[:, 0].tolist() for logprobs in result.adapter_logprobs]
+        negative = _negative_at(result, sampled_token_ids)
+        alternatives = _alternatives(result, asked, base_logits, steered)
         columns = zip(
             asked,
             tokens.tolist(),
@@ -108,7 +133,13 @@ class RecordBuffer:
             while len(recording.adapters) < len(row.terms):
                 recording.adapters.append([])
             for position in range(len(row.terms)):
-                recording.adapters[position].append(adapters[position][number])
+                recording.adapters[position].append(adapters[position][number] if result.acted[place] else None)
+            if row.guidance is not None:
+                recording.negative = recording.negative if recording.negative is not None else []
+                recording.negative.append(negative.get(place))
+            if place in alternatives:
+                recording.alternatives = recording.alternatives if recording.alternatives is not None else []
+                recording.alternatives.append(alternatives[place])
 
     def _recording(self, row: SteeredRow) -> _Recording:
         return self._recordings.setdefault(row.params.uid, _Recording())
@@ -121,18 +152,58 @@ class RecordBuffer:
             if recording is None:
                 continue
             self._num_tokens -= recording.num_tokens
-            taken.append(
-                SteeringRecord(
-                    uid=uid,
-                    status="ok" if recording.error is None else "failed",
-                    error=recording.error,
-                    num_tokens=recording.num_tokens,
-                    token_ids=recording.token_ids,
-                    base_logprobs=recording.base,
-                    adapter_logprobs=recording.adapters,
-                    steered_logprobs=recording.steered,
-                    kl=recording.kl,
-                    flipped=recording.flipped,
-                )
-            )
+            taken.append(recording.record(uid))
         return taken
+
+    def read(self, starts: Mapping[str, int]) -> list[SteeringRecord]:
+        """Copies of the records of these candidates, each from a token on; they stay. Unknown ones are left out."""
+        return [self._recordings[uid].record(uid, start) for uid, start in starts.items() if uid in self._recordings]
+
+
+def _negative_at(result: StepResult, sampled_token_ids: Tensor) -> dict[int, float]:
+    """Log-probability of the sampled token under the negative prompt, by place of the row."""
+    if result.negative_logprobs is None:
+        return {}
+    tokens = sampled_token_ids[result.indices[torch.tensor(result.guided, device=result.indices.device)]].long()
+    values: list[float] = result.negative_logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    return dict(zip(result.guided, values, strict=True))
+
+
+def _alternatives(
+    result: StepResult, asked: Sequence[int], base_logits: Tensor, steered_logprobs: Tensor
+) -> dict[int, Alternatives]:
+    """The most probable tokens before and after steering, by place; of rows of `asked` that want an explanation.
+
+    Args:
+        result: The step.
+        asked: Places of the rows that are recorded.
+        base_logits: `[len(asked), V]` of them.
+        steered_logprobs: `[len(asked), V]` of them.
+    """
+    wanted = [
+        (number, place, count)
+        for number, place in enumerate(asked)
+        if (count := result.rows[place].params.num_alternatives) is not None
+    ]
+    if not wanted:
+        return {}
+    numbers = torch.tensor([number for number, _, _ in wanted], device=base_logits.device)
+    base, steered = torch.log_softmax(base_logits[numbers], dim=-1), steered_logprobs[numbers]
+    most = min(max(count for _, _, count in wanted), base.shape[-1])
+    sides: list[list[list[Alternative]]] = []
+    for side in (base, steered):
+        ids = side.topk(most, dim=-1).indices
+        rows = zip(ids.tolist(), base.gather(1, ids).tolist(), steered.gather(1, ids).tolist(), strict=True)
+        sides.append([[_alternative(*entry) for entry in zip(*row, strict=True)] for row in rows])
+    return {
+        place: Alternatives(before=before[:count], after=after[:count])
+        for (_, place, count), before, after in zip(wanted, *sides, strict=True)
+    }
+
+
+def _alternative(token_id: int, base: float, steered: float) -> Alternative:
+    return Alternative(token_id=token_id, base=_finite(base), steered=_finite(steered))
+
+
+def _finite(logprob: float) -> float | None:
+    return logprob if logprob > float("-inf") else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters.adapter_lm import AdapterLM, Backend, load_adapter_lm
-from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion
+from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
     ConflictError,
@@ -43,6 +43,21 @@ class BaseModel:
     max_model_len: int
 
 
+@dataclass(slots=True)
+class Activity:
+    """What a version did since it was loaded: `VersionActivity` without the cache."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    rows: int = 0
+
+    def add(self, rows: int, seconds: float) -> None:
+        """One pass over so many rows."""
+        self.steps += 1
+        self.rows += rows
+        self.step_seconds += seconds
+
+
 class ResidentVersion:
     """A loaded adapter version with its share of a KV pool."""
 
@@ -56,6 +71,7 @@ class ResidentVersion:
         self.cache_root = bytes.fromhex(manifest.digest)
         self.num_rows = 0
         self.is_usable = True
+        self.activity = Activity()
 
     def next_token_logits(
         self,
@@ -176,13 +192,23 @@ class ResidentVersion:
 
     def describe(self, state: str = "committed") -> LoadedVersion:
         """For status reports."""
+        cache, activity = self.pool.of_root(self.cache_root), self.activity
         return LoadedVersion.model_validate(
             {
                 "version": self.version,
                 "name": self.manifest.name,
                 "state": state,
                 "weight_bytes": self.adapter.weight_bytes,
+                "cache_bytes": cache.num_blocks * self.pool.geometry.block_bytes,
                 "active_rows": self.num_rows,
+                "activity": VersionActivity(
+                    steps=activity.steps,
+                    step_seconds=activity.step_seconds,
+                    rows=activity.rows,
+                    hit_tokens=cache.hit_tokens,
+                    computed_tokens=cache.computed_tokens,
+                    recomputed_tokens=cache.recomputed_tokens,
+                ),
             }
         )
 
@@ -315,7 +341,9 @@ class Residents:
         if not done:
             return
         for version in done:
-            self._retiring.pop(version).adapter.free()
+            resident = self._retiring.pop(version)
+            resident.pool.forget(resident.cache_root)
+            resident.adapter.free()
         alive = {r.pool.geometry for group in (self.committed, self._prepared, self._retiring) for r in group.values()}
         for geometry in [g for g in self._pools if g not in alive]:
             pool = self._pools.pop(geometry)
@@ -325,6 +353,12 @@ class Residents:
         """All versions in whatever state, for the status report."""
         names = [*self.committed, *self._prepared, *self._retiring, *self._loading, *self._failed]
         return [self.poll(version) for version in names]
+
+    def weight_status(self) -> WeightStatus:
+        """Memory of the weights of all versions together."""
+        groups = (self.committed, self._prepared, self._retiring)
+        used = sum(resident.adapter.weight_bytes for group in groups for resident in group.values())
+        return WeightStatus(budget_bytes=None, used_bytes=used)
 
     def cache_status(self) -> CacheStatus:
         """The KV cache of all pools together."""

@@ -7,55 +7,21 @@ ids, so a shell may close and reopen a row at any time (preemption, a step in wh
 A row whose steering fails is marked with the reason and left to the shell to report. The others go on.
 """
 
-import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab_adapters import mixing
-from trimtab_adapters.contract.params import SteeringParams, VersionId
-from trimtab_adapters.kv_pool import PoolExhaustedError, SequenceCache
+from trimtab_adapters import mixing, operators
+from trimtab_adapters.adapter_passes import MAX_FORWARD_TOKENS, AdapterPasses, LogprobTable, gather_rows
+from trimtab_adapters.contract.params import Guidance, SteeringParams, VersionId
+from trimtab_adapters.kv_pool import SequenceCache
 from trimtab_adapters.residents import ResidentVersion
+from trimtab_adapters.steered_row import SteeredRow, Term
 
-logger = logging.getLogger(__name__)
-
-MAX_FORWARD_TOKENS = 2048
-"""Most new tokens in one packed adapter forward pass: bounds the memory of a prefill."""
-
-
-@dataclass(slots=True, eq=False)
-class SteeredRow:
-    """A request in the batch whose logits are to be steered.
-
-    Attributes:
-        params: What was asked for.
-        tokens: Prompt and output ids so far.
-        num_prompt_tokens: How many of them are the prompt.
-        terms: (resident version, alpha) of each term with a non-zero alpha, in the order asked for.
-        caches: One per term.
-        error: Why steering failed, None while it is well.
-    """
-
-    params: SteeringParams
-    tokens: list[int]
-    num_prompt_tokens: int
-    terms: list[tuple[ResidentVersion, float]] = field(default_factory=list)
-    caches: list[SequenceCache] = field(default_factory=list)
-    error: str | None = None
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens sampled so far."""
-        return len(self.tokens) - self.num_prompt_tokens
-
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Add sampled tokens. A placeholder (negative id) marks the row as failed: it must never be steered on."""
-        if any(token < 0 for token in token_ids):
-            self.error = self.error or "the engine handed out placeholder token ids instead of sampled ones"
-            return
-        self.tokens.extend(token_ids)
+__all__ = ["SteeredRow", "SteeringCore", "StepResult"]
 
 
 @dataclass(slots=True)
@@ -66,9 +32,13 @@ class StepResult:
         rows: The rows that were steered; those that failed are not among them.
         indices: `[R]` their rows in the step's logits.
         base_logits: `[R, V]` as the engine had them before steering, constraints applied.
-        added: `[R, V]` what steering added to them.
+        added: `[R, V]` what steering added to them, finite; the plausibility mask comes on top.
         steered_logprobs: `[R, V]` before temperature.
-        adapter_logprobs: One `[R, V]` per position in the steering; rows with fewer terms hold another's values there.
+        adapter_logprobs: One `[R, V]` per position in the steering; rows with fewer terms, and rows on which nothing
+            acted, hold another's values there.
+        acted: For each row whether anything acted on it: False outside its schedule.
+        guided: The rows with a negative prompt that acted, as places in `rows`.
+        negative_logprobs: `[len(guided), V]` the base's own under the negative prompts.
         failed: Rows whose steering failed now or before, with their row in the logits.
     """
 
@@ -78,6 +48,9 @@ class StepResult:
     added: Tensor
     steered_logprobs: Tensor
     adapter_logprobs: list[Tensor]
+    acted: list[bool]
+    guided: list[int]
+    negative_logprobs: Tensor | None
     failed: list[tuple[SteeredRow, int]]
 
     def fail_all(self, reason: str) -> None:
@@ -95,6 +68,9 @@ class SteeringCore:
         residents: Committed versions by id; shared with whoever loads and retires them.
         vocab_size: V, width of the base model's logits.
         max_forward_tokens: Bound on the tokens of one packed pass.
+
+    Attributes:
+        base_expert: The base model as an expert under another prompt, None where it cannot be one.
     """
 
     def __init__(
@@ -105,17 +81,30 @@ class SteeringCore:
         max_forward_tokens: int = MAX_FORWARD_TOKENS,
     ) -> None:
         self.residents = residents
-        self.vocab_size = vocab_size
-        self.max_forward_tokens = max_forward_tokens
+        self.base_expert: ResidentVersion | None = None
+        self.passes = AdapterPasses(vocab_size=vocab_size, max_forward_tokens=max_forward_tokens)
         self.num_steps = 0
         self.num_rows = 0
         self.num_failed = 0
 
     def open(
-        self, params: SteeringParams, prompt_token_ids: Sequence[int] | None, output_token_ids: Sequence[int]
+        self,
+        params: SteeringParams,
+        prompt_token_ids: Sequence[int] | None,
+        output_token_ids: Sequence[int],
+        *,
+        num_prompt_tokens: int | None = None,
     ) -> SteeredRow:
-        """Admit a request. Never raises: what is wrong with it is in the row's `error`."""
-        row = SteeredRow(params, list(prompt_token_ids or ()), len(prompt_token_ids or ()))
+        """Admit a request. Never raises: what is wrong with it is in the row's `error`.
+
+        Args:
+            params: What was asked for.
+            prompt_token_ids: The prompt as far as it is known; None where there are no ids.
+            output_token_ids: What was sampled before.
+            num_prompt_tokens: Length of a prompt whose ids come later, with `SteeredRow.append`.
+        """
+        prompt = list(prompt_token_ids or ())
+        row = SteeredRow(params, prompt, len(prompt) if num_prompt_tokens is None else num_prompt_tokens)
         if prompt_token_ids is None:
             row.error = "steering needs prompt token ids; prompt embeddings have none"
         row.append(output_token_ids)
@@ -125,17 +114,27 @@ class SteeringCore:
                 row.error = row.error or f"adapter version {weight.version} is not loaded in this engine"
                 break
             resident.num_rows += 1
-            row.terms.append((resident, weight.alpha))
-            row.caches.append(SequenceCache(root=resident.cache_root))
+            row.terms.append(Term(resident, weight.alpha, SequenceCache(root=resident.cache_root), row.tokens))
+        if params.guidance is not None and params.guidance.scale != 1.0 and row.error is None:
+            self._guide(row, params.guidance)
         return row
+
+    def _guide(self, row: SteeredRow, guidance: Guidance) -> None:
+        expert = self.base_expert
+        if expert is None:
+            row.error = "this engine's base model cannot serve as its own expert, which a negative prompt needs"
+            return
+        expert.num_rows += 1
+        tokens = [*guidance.token_ids, *row.tokens[row.num_prompt_tokens :]]
+        row.guidance = Term(expert, guidance.scale - 1.0, SequenceCache(root=expert.cache_root), tokens)
 
     def close(self, row: SteeredRow) -> None:
         """Let go of what a row holds; it may be opened again with the same tokens at little cost."""
-        for (resident, _), cache in zip(row.terms, row.caches, strict=True):
-            resident.pool.release(cache)
-            resident.num_rows -= 1
+        for term in row.all_terms:
+            term.resident.pool.release(term.cache)
+            term.resident.num_rows -= 1
         row.terms.clear()
-        row.caches.clear()
+        row.guidance = None
 
     def prefill(self, rows: Sequence[tuple[SteeredRow, int]]) -> None:
         """Let adapter LMs read what the base has read of prompts that are still in chunked prefill.
@@ -146,21 +145,14 @@ class SteeringCore:
         Args:
             rows: Open rows, each with the number of its tokens that the base has computed.
         """
-        groups: dict[VersionId, tuple[ResidentVersion, list[tuple[SequenceCache, list[int]]]]] = {}
-        for row, num_tokens in rows:
-            if row.error is not None or num_tokens <= 0:
-                continue
-            for (resident, _), cache in zip(row.terms, row.caches, strict=True):
-                group = groups.setdefault(resident.version, (resident, []))
-                group[1].append((cache, row.tokens[:num_tokens]))
-        for resident, members in groups.values():
-            caches = [cache for cache, _ in members]
-            try:
-                resident.prefill(caches, [tokens for _, tokens in members], max_tokens=self.max_forward_tokens)
-            except Exception:  # an exception that leaves a processor kills the engine for good
-                logger.exception("adapter version %s failed while reading a prompt ahead", resident.version)
-                for cache in caches:
-                    resident.pool.discard(cache)
+        self.passes.prefill(
+            [
+                (term, term.tokens[:num_tokens])
+                for row, num_tokens in rows
+                if row.error is None and num_tokens > 0
+                for term in row.all_terms
+            ]
+        )
 
     def step(self, rows: Sequence[tuple[SteeredRow, int]], logits: Tensor) -> StepResult | None:
         """Steer some rows of a step's logits in place.
@@ -176,7 +168,9 @@ class SteeringCore:
             return None
         self.num_steps += 1
         self.num_rows += len(rows)
-        by_version = self._forward_all([row for row, _ in rows if row.error is None])
+        factors = {id(row): row.factor for row, _ in rows if row.error is None}
+        acting = [row for row, _ in rows if row.error is None and factors[id(row)]]
+        tables = self.passes.run([(row, term) for row in acting for term in row.all_terms])
         good = [(row, index) for row, index in rows if row.error is None]
         failed = [(row, index) for row, index in rows if row.error is not None]
         self.num_failed += len(failed)
@@ -184,13 +178,18 @@ class SteeringCore:
         indices = torch.tensor([index for _, index in good], dtype=torch.long, device=logits.device)
         is_prefix = steered_rows and [index for _, index in good] == list(range(len(good)))
         base = logits[: len(good)].clone() if is_prefix else logits[indices]
-        terms = self._terms(steered_rows, by_version)
+        row_factors = [factors[id(row)] for row in steered_rows]
+        terms = _terms(steered_rows, row_factors, tables)
         added = mixing.steering_term(terms) if terms else torch.zeros_like(base)
-        steered = base + added
+        added, guided, negative = _guided(steered_rows, row_factors, tables, base, added)
+        added, steered = _operated(steered_rows, row_factors, base, added)
         if is_prefix:
             logits[: len(good)] = steered
         else:
             logits[indices] = steered
+        for row in steered_rows:
+            if row.is_over:
+                _release(row)
         return StepResult(
             rows=steered_rows,
             indices=indices,
@@ -198,112 +197,110 @@ class SteeringCore:
             added=added,
             steered_logprobs=torch.log_softmax(steered, dim=-1),
             adapter_logprobs=[logprobs for _, logprobs in terms],
+            acted=[factor != 0.0 for factor in row_factors],
+            guided=guided,
+            negative_logprobs=negative,
             failed=failed,
         )
 
-    def _terms(
-        self, rows: Sequence[SteeredRow], by_version: Mapping[VersionId, "_Table"]
-    ) -> list[tuple[float | Tensor, Tensor]]:
-        """(alpha, log-probabilities `[R, V]`) for each position in the steering; alpha is `[R, 1]` or the same in all.
 
-        Terms stay in the order asked for, so that a row's sum does not depend on its neighbours. A row with fewer
-        terms than others gets alpha 0 for the rest.
-        """
-        terms: list[tuple[float | Tensor, Tensor]] = []
-        for position in range(max((len(row.terms) for row in rows), default=0)):
-            alphas: list[float] = []
-            places: list[tuple[VersionId, int]] = []
-            for row in rows:
-                has_term = position < len(row.terms)
-                resident, alpha = row.terms[position] if has_term else row.terms[0]
-                alphas.append(alpha if has_term else 0.0)
-                places.append((resident.version, by_version[resident.version].places[id(row)]))
-            logprobs = _gather_rows(by_version, places)
-            if len(set(alphas)) == 1:
-                terms.append((alphas[0], logprobs))
+def _release(row: SteeredRow) -> None:
+    """Give the blocks of a row back that nothing will act on again. It keeps its versions to its last token."""
+    for term in row.all_terms:
+        if term.cache.tokens:
+            term.resident.pool.release(term.cache)
+
+
+def _terms(
+    rows: Sequence[SteeredRow], factors: Sequence[float], tables: Mapping[VersionId, LogprobTable]
+) -> list[tuple[float | Tensor, Tensor]]:
+    """(alpha, log-probabilities `[R, V]`) for each position in the steering; alpha is `[R, 1]` or the same in all.
+
+    Terms stay in the order asked for, so that a row's sum does not depend on its neighbours. A row with fewer terms
+    than others, or on which nothing acts, gets alpha 0 for the rest.
+    """
+    acting = [row for row, factor in zip(rows, factors, strict=True) if factor]
+    if not acting:
+        return []
+    # Finite, unlike other rows of the tables: 0 times NaN is NaN.
+    filler = _place(acting[0], acting[0].all_terms[0], tables)
+    terms: list[tuple[float | Tensor, Tensor]] = []
+    for position in range(max(len(row.terms) for row in acting)):
+        alphas: list[float] = []
+        places: list[tuple[VersionId, int]] = []
+        for row, factor in zip(rows, factors, strict=True):
+            if factor and position < len(row.terms):
+                alphas.append(row.terms[position].alpha * factor)
+                places.append(_place(row, row.terms[position], tables))
             else:
-                terms.append((torch.tensor(alphas, dtype=logprobs.dtype, device=logprobs.device)[:, None], logprobs))
-        return terms
-
-    def _forward_all(self, rows: Sequence[SteeredRow]) -> dict[VersionId, "_Table"]:
-        """Adapter log-probabilities of each version over its rows. Rows that fail here get their `error`."""
-        groups: dict[VersionId, list[tuple[SteeredRow, SequenceCache]]] = {}
-        residents: dict[VersionId, ResidentVersion] = {}
-        for row in rows:
-            for (resident, _), cache in zip(row.terms, row.caches, strict=True):
-                groups.setdefault(resident.version, []).append((row, cache))
-                residents[resident.version] = resident
-        tables: dict[VersionId, _Table] = {}
-        for version, members in groups.items():
-            alive = [(row, cache) for row, cache in members if row.error is None]
-            if not alive:
-                continue
-            pool = residents[version].pool
-            victims = [
-                cache
-                for other, group in groups.items()
-                if other != version and residents[other].pool is pool
-                for _, cache in group
-            ]
-            table = self._forward_version(residents[version], alive, victims)
-            if table is not None:
-                tables[version] = table
-        return tables
-
-    def _forward_version(
-        self,
-        resident: ResidentVersion,
-        members: Sequence[tuple[SteeredRow, SequenceCache]],
-        victims: Sequence[SequenceCache],
-    ) -> "_Table | None":
-        """One adapter version over all its rows; None when it failed and the rows are marked.
-
-        A row that fits no pool fails alone: the others are tried again without it.
-        """
-        try:
-            logits = resident.next_token_logits(
-                [cache for _, cache in members],
-                [row.tokens for row, _ in members],
-                max_tokens=self.max_forward_tokens,
-                victims=victims,
-            )
-            logprobs = mixing.adapter_logprobs(logits, vocab_size=self.vocab_size, num_known=resident.num_known)
-            is_finite = torch.isfinite(logprobs.amin(dim=-1)).tolist()
-        except PoolExhaustedError as exc:
-            misfits = members if exc.place is None else [members[exc.place]]
-            _fail(resident, misfits, f"out of adapter KV cache: {exc}")
-            rest = [member for member in members if member[0].error is None]
-            return self._forward_version(resident, rest, victims) if rest else None
-        except Exception as exc:  # an exception that leaves a processor kills the engine for good
-            logger.exception("adapter version %s failed in a forward pass", resident.version)
-            _fail(resident, members, f"adapter version {resident.version} failed: {type(exc).__name__}")
-            return None
-        broken = [member for member, fine in zip(members, is_finite, strict=True) if not fine]
-        _fail(resident, broken, f"adapter version {resident.version} produced NaN or infinite logits")
-        return _Table(logprobs, {id(row): place for place, (row, _) in enumerate(members)})
+                alphas.append(0.0)
+                places.append(filler)
+        logprobs = gather_rows(tables, places)
+        if len(set(alphas)) == 1:
+            terms.append((alphas[0], logprobs))
+        else:
+            terms.append((torch.tensor(alphas, dtype=logprobs.dtype, device=logprobs.device)[:, None], logprobs))
+    return terms
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """Log-probabilities `[rows, V]` of one version, and each row's place by the identity of its object."""
-
-    logprobs: Tensor
-    places: dict[int, int]
+def _place(row: SteeredRow, term: Term, tables: Mapping[VersionId, LogprobTable]) -> tuple[VersionId, int]:
+    """Where the log-probabilities of a row's term are."""
+    version = term.resident.version
+    return version, tables[version].places[id(row)]
 
 
-def _gather_rows(tables: Mapping[VersionId, "_Table"], places: Sequence[tuple[VersionId, int]]) -> Tensor:
-    """`[R, V]` rows of several tables, in the order of `places`. The usual case, one whole table, copies nothing."""
-    versions = {version for version, _ in places}
-    indices = [place for _, place in places]
-    if len(versions) == 1:
-        table = tables[places[0][0]].logprobs
-        if indices == list(range(table.shape[0])):
-            return table
-        return table[torch.tensor(indices, device=table.device)]
-    return torch.stack([tables[version].logprobs[place] for version, place in places])
+def _guided(
+    rows: Sequence[SteeredRow],
+    factors: Sequence[float],
+    tables: Mapping[VersionId, LogprobTable],
+    base: Tensor,
+    added: Tensor,
+) -> tuple[Tensor, list[int], Tensor | None]:
+    """Add what guidance adds; also its rows, as places, and their negative log-probabilities."""
+    found = [
+        (place, row.guidance.alpha * factor, _place(row, row.guidance, tables))
+        for place, (row, factor) in enumerate(zip(rows, factors, strict=True))
+        if factor and row.guidance is not None
+    ]
+    if not found:
+        return added, [], None
+    guided = [place for place, _, _ in found]
+    places = torch.tensor(guided, device=base.device)
+    negative = gather_rows(tables, [source for _, _, source in found])
+    strength = _column([strength for _, strength, _ in found], base)
+    guidance = operators.guidance_term(base[places], negative, strength)
+    # Out of place: `added` may be the very table that the record reads.
+    return added.index_add(0, places, guidance), guided, negative
 
 
-def _fail(resident: ResidentVersion, members: Sequence[tuple[SteeredRow, SequenceCache]], reason: str) -> None:
-    for row, cache in members:
-        row.error = reason
-        resident.pool.discard(cache)
+def _operated(
+    rows: Sequence[SteeredRow], factors: Sequence[float], base: Tensor, added: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is added after the operators, and the steered logits; both `[R, V]`."""
+    asked = [
+        (place, row.params.operators)
+        for place, (row, factor) in enumerate(zip(rows, factors, strict=True))
+        if factor and (row.params.operators.plausibility is not None or row.params.operators.max_kl is not None)
+    ]
+    if not asked:
+        return added, base + added
+    places = torch.tensor([place for place, _ in asked], device=base.device)
+    some_base, some_added = base[places], added[places]
+    fractions = [operator.plausibility for _, operator in asked]
+    mask = None
+    if any(fraction is not None for fraction in fractions):
+        mask = operators.implausible(some_base, _column([fraction or 0.0 for fraction in fractions], base))
+        some_base = some_base.masked_fill(mask, -torch.inf)
+    caps = [operator.max_kl for _, operator in asked]
+    if any(cap is not None for cap in caps):
+        some_added = some_added * operators.capped_scale(
+            some_base, some_added, _column([math.inf if cap is None else cap for cap in caps], base)
+        )
+        added = added.index_copy(0, places, some_added)
+    steered = (base + added).index_copy_(0, places, some_base + some_added)
+    return added, steered
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """`[R, 1]` numbers, one a row."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

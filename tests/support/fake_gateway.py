@@ -58,7 +58,7 @@ class MemoryCatalog:
         if revision is None:
             raise NotFoundError(f"The model '{model}' does not exist", param="model", code="model_not_found")
         terms = revision.steering
-        if steering is not None:
+        if steering is not None and steering.adapters is not None:
             terms = tuple(self._term(choice.name, choice.version, choice.alpha) for choice in steering.adapters)
         return ResolvedModel(model, "base", terms, revision.best_of, revision.reward)
 

@@ -9,6 +9,7 @@ Completions themselves go through vLLM's own OpenAI routes; these carry what vLL
 | `POST /trimtab/adapters/commit` | `VersionRequest` | `LoadedVersion`; requests may name the version from now on |
 | `POST /trimtab/adapters/retire` | `VersionRequest` | `RetireReply`; memory is freed with the last row that uses it |
 | `POST /trimtab/records/take` | `TakeRequest` | `TakeReply`; each record can be taken once |
+| `POST /trimtab/records/read` | `ReadRequest` | `TakeReply`; records so far, which stay; for explanations in a stream |
 
 Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 """
@@ -38,6 +39,22 @@ class VersionRequest(_Message):
     version: VersionId
 
 
+class VersionActivity(_Message):
+    """What one adapter version did since it was loaded. Sums, so that rates are differences of two answers."""
+
+    steps: int = 0
+    """Forward passes that ended in log-probabilities."""
+    step_seconds: float = 0.0
+    """Time in them, prefill and attention included."""
+    rows: int = 0
+    """Rows of them: tokens that it steered."""
+    hit_tokens: int = 0
+    """Tokens found in the cache by name."""
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    """Tokens whose keys and values were given up for other rows, and computed again."""
+
+
 class LoadedVersion(_Message):
     """One adapter version in the engine's memory."""
 
@@ -45,9 +62,21 @@ class LoadedVersion(_Message):
     name: str
     state: Literal["loading", "prepared", "committed", "retiring", "failed"]
     weight_bytes: int = 0
+    """Of its own; the LM under a LoRA is counted once in `WeightStatus`."""
+    cache_bytes: int = 0
+    """Blocks of the KV cache that hold its keys and values, in use or only kept."""
     active_rows: int = 0
+    activity: VersionActivity = VersionActivity()
     error: str | None = None
     error_code: str | None = None
+
+
+class WeightStatus(_Message):
+    """Memory of the adapter LMs' weights, those of a LM that several LoRAs share counted once."""
+
+    budget_bytes: int | None
+    """None: no bound."""
+    used_bytes: int
 
 
 class CacheStatus(_Message):
@@ -80,6 +109,9 @@ class EngineStatus(_Message):
     """Number of tokens of the tokenizer."""
     versions: list[LoadedVersion]
     cache: CacheStatus
+    weights: WeightStatus
+    can_guide: bool = False
+    """Whether the base can be its own expert under a negative prompt."""
     steered_rows: int = 0
     steered_steps: int = 0
     failed_rows: int = 0
@@ -97,6 +129,12 @@ class TakeRequest(_Message):
     """Ask for the records of these candidates."""
 
     uids: list[str] = Field(max_length=4096)
+
+
+class ReadRequest(_Message):
+    """Ask for what was recorded of running candidates: uid -> number of tokens that are known already."""
+
+    starts: dict[str, int] = Field(max_length=4096)
 
 
 class TakeReply(_Message):

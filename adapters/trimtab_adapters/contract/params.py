@@ -1,8 +1,8 @@
 """Steering as a caller asks for it and as the engine receives it.
 
-A *steering* is a list of (adapter, alpha). The API form names adapters (`SteeringRequest`); the gateway resolves it
-to exact versions (`SteeringParams`), which travel to the engine in vLLM's `vllm_xargs` under one key as JSON text,
-because `vllm_xargs` allows no nested objects.
+A *steering* is a list of (adapter, alpha), and operators on what they add. The API form names adapters
+(`SteeringRequest`); the gateway resolves it to exact versions (`SteeringParams`), which travel to the engine in vLLM's
+`vllm_xargs` under one key as JSON text, because `vllm_xargs` allows no nested objects.
 """
 
 import json
@@ -43,12 +43,93 @@ class AdapterChoice(BaseModel):
     """Weight of the adapter's log-probabilities; None means the version's default alpha."""
 
 
-class SteeringRequest(BaseModel):
-    """The `steering` field of a request body."""
+class AlphaSchedule(BaseModel):
+    """When adapters act: at the generated tokens `start` to `start + first - 1`, counted from 0, and ever weaker.
+
+    Steering the first tokens only is SafeDecoding's way (arXiv 2402.08983, section 4), because early tokens decide
+    whether an answer complies or refuses (arXiv 2406.05946). Outside its tokens the base is left bit for bit, and the
+    adapter LMs do not run.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    adapters: list[AdapterChoice] = Field(max_length=MAX_ADAPTERS)
+    start: int = Field(default=0, ge=0)
+    first: int | None = Field(default=None, ge=1)
+    """How many tokens from `start` on; None means to the end."""
+    decay: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    """Factor on alpha from each steered token to the next."""
+
+    def factor(self, position: int) -> float:
+        """What multiplies every alpha at the generated token of this number, counted from 0; 0 where none acts."""
+        past = position - self.start
+        if past < 0 or (self.first is not None and past >= self.first):
+            return 0.0
+        return float(self.decay**past)
+
+
+class SteeringOperators(BaseModel):
+    """What is done with the sum that the terms of a steering add to the base logits, in the order of the fields.
+
+    With no term to act on, or outside the schedule, they do nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: AlphaSchedule | None = None
+    plausibility: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Only tokens whose base probability is at least this fraction of the largest can be sampled: the adaptive
+    plausibility constraint of contrastive decoding (arXiv 2210.15097, section 3.3)."""
+    max_kl: float | None = Field(default=None, ge=1e-4, allow_inf_nan=False)
+    """Most nats per token that steering may move the base's distribution, restricted to the plausible tokens. What the
+    terms add is scaled down until KL(steered || base) fits; the path is that of decoding-time realignment
+    (arXiv 2402.02992)."""
+
+
+MAX_ALTERNATIVES = 20
+"""Most alternatives per token in an explanation; OpenAI's limit of `top_logprobs`."""
+
+DEFAULT_ALTERNATIVES = 5
+"""Alternatives per token of `explain: true`."""
+
+DEFAULT_GUIDANCE_SCALE = 1.5
+"""The value that classifier-free guidance for language models recommends (arXiv 2306.17806)."""
+
+GuidanceScale = Annotated[float, Field(gt=0, le=MAX_ALPHA, allow_inf_nan=False)]
+
+
+class PromptMessage(BaseModel):
+    """One message of a negative prompt for chat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str
+
+
+class SteeringRequest(SteeringOperators):
+    """The `steering` field of a request body."""
+
+    adapters: list[AdapterChoice] | None = Field(default=None, max_length=MAX_ADAPTERS)
+    """None keeps those of the route that `model` names; an empty list takes none."""
+    negative_prompt: str | list[int] | list[PromptMessage] | None = Field(default=None, min_length=1)
+    """Steer away from how the base itself would go on after this prompt, instead of the request's, and the same
+    output. Text or token ids for completions, messages for chat."""
+    guidance_scale: GuidanceScale | None = None
+    """How far, see `Guidance`; `DEFAULT_GUIDANCE_SCALE` when there is a negative prompt."""
+    explain: bool | Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] = False
+    """Say per token what each model thought of it: True, or the number of alternatives to list."""
+
+    @property
+    def num_alternatives(self) -> int | None:
+        """Alternatives per token of the explanation; None when none is asked for."""
+        if isinstance(self.explain, bool):
+            return DEFAULT_ALTERNATIVES if self.explain else None
+        return self.explain
+
+    @property
+    def operators(self) -> SteeringOperators:
+        """The operators alone."""
+        return SteeringOperators(schedule=self.schedule, plausibility=self.plausibility, max_kl=self.max_kl)
 
 
 class AdapterWeight(BaseModel):
@@ -61,6 +142,20 @@ class AdapterWeight(BaseModel):
     alpha: Alpha
 
 
+class Guidance(BaseModel):
+    """The base as an expert under another prompt: classifier-free guidance with a negative prompt.
+
+    Adds (scale - 1) (log softmax(b) - log softmax(n)) to the base logits b, where n are the base's own logits after
+    the negative prompt and the same output. So the tailored policy is b^scale n^(1 - scale), renormalised
+    (arXiv 2306.17806, equation 7; `guidance_scale` and `negative_prompt_ids` of transformers).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token_ids: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    scale: GuidanceScale
+
+
 class SteeringParams(BaseModel):
     """What the engine needs to steer one candidate."""
 
@@ -69,8 +164,12 @@ class SteeringParams(BaseModel):
     uid: str = Field(min_length=1, max_length=128)
     """Unique per candidate: the gateway fans `n` and `best_of` out, one uid each."""
     adapters: list[AdapterWeight] = Field(max_length=MAX_ADAPTERS)
+    guidance: Guidance | None = None
+    operators: SteeringOperators = SteeringOperators()
     record: bool = False
     """Keep base, adapter and steered log-probabilities of each sampled token until they are taken."""
+    num_alternatives: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """Keep also so many of the most probable tokens before and after steering; None keeps none. Needs `record`."""
 
     @field_validator("adapters")
     @classmethod
@@ -84,9 +183,19 @@ class SteeringParams(BaseModel):
         """The terms with a non-zero weight; with none the base is left untouched, bit for bit."""
         return [a for a in self.adapters if a.alpha != 0.0]
 
+    @property
+    def is_active(self) -> bool:
+        """Whether anything moves the base."""
+        return bool(self.active) or (self.guidance is not None and self.guidance.scale != 1.0)
+
+    @property
+    def needs_row(self) -> bool:
+        """Whether the engine must look at this candidate: to steer it, or to explain that nothing did."""
+        return self.is_active or self.num_alternatives is not None
+
     def to_xargs(self) -> dict[str, str]:
         """The `vllm_xargs` object for this steering."""
-        return {XARGS_KEY: self.model_dump_json()}
+        return {XARGS_KEY: self.model_dump_json(exclude_defaults=True)}
 
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> Self | None:

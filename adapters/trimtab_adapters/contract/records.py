@@ -13,6 +13,28 @@ from trimtab_adapters.contract.params import AdapterWeight
 ROLLOUT_SCHEMA_VERSION = 1
 
 
+class Alternative(BaseModel):
+    """A token that could have been sampled, with its log-probability before and after steering.
+
+    None stands for minus infinity: a token that a constraint, or the plausibility mask, excludes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    token_id: int
+    base: float | None
+    steered: float | None
+
+
+class Alternatives(BaseModel):
+    """The most probable tokens of one position, most probable first, as the base and as the steering sees them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    before: list[Alternative]
+    after: list[Alternative]
+
+
 class SteeringRecord(BaseModel):
     """The engine's record of one steered candidate. Lists have one entry per sampled token."""
 
@@ -26,13 +48,18 @@ class SteeringRecord(BaseModel):
     """Tokens that were sampled with this steering in force; counted also when nothing else is recorded."""
     token_ids: list[int] = Field(default_factory=list)
     base_logprobs: list[float] = Field(default_factory=list)
-    adapter_logprobs: list[list[float]] = Field(default_factory=list)
-    """One list per adapter of the steering with a non-zero alpha, in the steering's order."""
+    adapter_logprobs: list[list[float | None]] = Field(default_factory=list)
+    """One list per adapter of the steering with a non-zero alpha, in the steering's order; None at tokens where the
+    schedule kept it from running."""
+    negative_logprobs: list[float | None] | None = None
+    """The base's own under the negative prompt; None as a whole without one."""
     steered_logprobs: list[float] = Field(default_factory=list)
     kl: list[float] = Field(default_factory=list)
     """KL(steered || base) of the whole next-token distribution, in nats."""
     flipped: list[bool] = Field(default_factory=list)
     """Whether steering changed the most probable token."""
+    alternatives: list[Alternatives] | None = None
+    """Where an explanation was asked for."""
 
 
 class RewardValue(BaseModel):

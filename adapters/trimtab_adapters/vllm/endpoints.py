@@ -16,7 +16,7 @@ from starlette.datastructures import State
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 
-from trimtab_adapters.contract.engine_api import PrepareRequest, TakeReply, TakeRequest, VersionRequest
+from trimtab_adapters.contract.engine_api import PrepareRequest, ReadRequest, TakeReply, TakeRequest, VersionRequest
 
 _POLL_S = 0.02
 """How often a loading version is asked for; each question stalls decoding by one no-op call."""
@@ -108,5 +108,11 @@ def _build_router() -> APIRouter:
         records = await _call(request.app.state.trimtab_engine, "trimtab_take", body.uids)
         found = {record["uid"] for record in records}
         return TakeReply(records=records, missing=[uid for uid in body.uids if uid not in found])
+
+    @router.post("/records/read")
+    async def read(body: ReadRequest, request: Request) -> TakeReply:
+        records = await _call(request.app.state.trimtab_engine, "trimtab_read", body.starts)
+        found = {record["uid"] for record in records}
+        return TakeReply(records=records, missing=[uid for uid in body.starts if uid not in found])
 
     return router

@@ -91,11 +91,9 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
 
     def _open(self, slot: int, sampling_params: SamplingParams) -> SteeredRow | None:
         """The row of a request that wants steering; its tokens are read with its first sample."""
-        row = self.admit(sampling_params.extra_args, ())
-        if row is None:
-            return None
-        row.num_prompt_tokens = int(self._req_states.prompt_len.np[slot])
-        if self.is_occupied is None:
+        num_prompt_tokens = int(self._req_states.prompt_len.np[slot])
+        row = self.admit(sampling_params.extra_args, (), num_prompt_tokens)
+        if row is not None and self.is_occupied is None:
             row.error = row.error or NOT_ATTACHED
         return row
 

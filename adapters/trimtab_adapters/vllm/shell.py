@@ -55,16 +55,29 @@ class SteeringShell:
         except InvalidRequestError as exc:
             raise ValueError(exc.message) from exc
         has_logprobs = sampling_params.logprobs is not None or bool(sampling_params.logprob_token_ids)
-        if params is not None and params.active and not has_logprobs:
+        if params is not None and params.needs_row and not has_logprobs:
             raise ValueError(
                 "a steered request must ask for logprobs (0 is enough): they are how a failed row is reported"
             )
 
-    def admit(self, extra_args: dict[str, Any] | None, prompt_token_ids: Sequence[int] | None) -> SteeredRow | None:
-        """The row of a request, None when it wants no steering. Never raises: what is wrong is in the row's `error`."""
+    def admit(
+        self,
+        extra_args: dict[str, Any] | None,
+        prompt_token_ids: Sequence[int] | None,
+        num_prompt_tokens: int | None = None,
+    ) -> SteeredRow | None:
+        """The row of a request, None when it wants no steering. Never raises: what is wrong is in the row's `error`.
+
+        Args:
+            extra_args: Of the request's sampling parameters.
+            prompt_token_ids: The prompt as far as it is known; None where there are no ids.
+            num_prompt_tokens: Length of a prompt whose ids come later.
+        """
         try:
             params = SteeringParams.from_extra_args(extra_args)
-            return self.core.open(params, prompt_token_ids, ()) if params is not None and params.active else None
+            if params is None or not params.needs_row:
+                return None
+            return self.core.open(params, prompt_token_ids, (), num_prompt_tokens=num_prompt_tokens)
         except InvalidRequestError as exc:
             return self.failed_row(exc.message)
         except Exception:  # boundary: an exception that leaves a processor kills the engine for good

@@ -66,6 +66,7 @@ class TrimtabWorkerExtension:
             num_tokens=residents.base.num_tokens,
             versions=residents.versions(),
             cache=residents.cache_status(),
+            weights=residents.weight_status(),
             steered_rows=processor.core.num_rows,
             steered_steps=processor.core.num_steps,
             failed_rows=processor.core.num_failed,
@@ -96,6 +97,10 @@ class TrimtabWorkerExtension:
         """Refuse new rows for a version; free it now or with its last row."""
         active_rows = self._trimtab_processor().residents.retire(version)
         return {"version": version, "freed": active_rows == 0, "active_rows": active_rows}
+
+    def trimtab_read(self, starts: dict[str, int]) -> list[dict[str, Any]]:
+        """Copies of the records of running candidates, each from a token on."""
+        return [record.model_dump() for record in self._trimtab_processor().records.read(starts)]
 
     def trimtab_take(self, uids: list[str]) -> list[dict[str, Any]]:
         """Remove and return the records of finished candidates."""

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab_adapters.contract.engine_api import CacheStatus, EngineStatus, LoadedVersion, RetireReply
+from trimtab_adapters.contract.engine_api import CacheStatus, EngineStatus, LoadedVersion, RetireReply, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
     EngineRequestError,
@@ -140,6 +140,8 @@ class FakeEngine:
                 computed_tokens=0,
                 recomputed_tokens=0,
             ),
+            weights=WeightStatus(budget_bytes=None, used_bytes=0),
+            can_guide=True,
         )
 
     async def generate(self, request: EngineRequest) -> Candidate:

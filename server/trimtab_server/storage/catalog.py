@@ -75,7 +75,7 @@ class SqlCatalog:
         if revision is None and model != self.base_model:
             raise NotFoundError(f"The model `{model}` does not exist", param="model", code="model_not_found")
         terms = revision.steering if revision is not None else ()
-        if steering is not None:
+        if steering is not None and steering.adapters is not None:
             terms = state.resolve(steering)
         return ResolvedModel(
             model=model,

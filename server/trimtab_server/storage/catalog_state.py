@@ -88,12 +88,13 @@ class CatalogState:
             NotFoundError: An unknown adapter or version.
             InvalidRequestError: A retired version, too many adapters, or the same version twice.
         """
-        if len(steering.adapters) > MAX_ADAPTERS:
+        choices = steering.adapters or []
+        if len(choices) > MAX_ADAPTERS:
             raise InvalidRequestError(
-                f"a steering may have at most {MAX_ADAPTERS} adapters, not {len(steering.adapters)}", param="steering"
+                f"a steering may have at most {MAX_ADAPTERS} adapters, not {len(choices)}", param="steering"
             )
         try:
-            terms = tuple(self._term(choice) for choice in steering.adapters)
+            terms = tuple(self._term(choice) for choice in choices)
         except NotFoundError as exc:
             raise NotFoundError(exc.message, param="steering", code=exc.code) from exc
         if len({term.version for term in terms}) != len(terms):

@@ -132,7 +132,7 @@ def test_an_exception_in_a_pass_fails_the_requests_of_that_version_and_leaves_no
     desk: Desk, adapter: str, other: str, error: Exception, num_passes: int
 ) -> None:
     """Blocks were named before the pass that should have written them; in the second pass the first were written."""
-    desk.processor.core.max_forward_tokens = 32
+    desk.processor.core.passes.max_forward_tokens = 32
     admit_three(desk, adapter, other)
     with faulty(resident_of(desk, adapter).adapter, "forward", raising(error, after=num_passes)):
         errors = desk.step()

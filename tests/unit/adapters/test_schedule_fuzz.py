@@ -101,7 +101,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     )
     def start(self, num_blocks: int, max_forward_tokens: int, is_async: bool, order: Sequence[int]) -> None:
         self.processor = SteeringProcessor(num_blocks * BLOCK_BYTES, torch.device("cpu"), False)
-        self.processor.core.max_forward_tokens = max_forward_tokens
+        self.processor.core.passes.max_forward_tokens = max_forward_tokens
         self.processor.discarded = self.discard_mask
         self.is_async = is_async
         self.is_sound = True
@@ -166,7 +166,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     def holders(self, expert: Expert) -> list[SteeredRow]:
         """Open rows that hold a version."""
-        return [row for row in self.rows if expert.version in [resident.version for resident, _ in row.terms]]
+        return [row for row in self.rows if expert.version in [term.resident.version for term in row.terms]]
 
     # Requests
 
@@ -356,7 +356,7 @@ class ScheduleMachine(RuleBasedStateMachine):
                 self.tally.events["refused"] += 1
             elif not job.has_error:
                 assert "out of adapter KV cache" in row.error
-                assert any(needs[resident.manifest.name] > self.room(resident) for resident, _ in row.terms)
+                assert any(needs[t.resident.manifest.name] > self.room(t.resident) for t in row.terms)
                 self.tally.events["out of cache"] += 1
             job.has_error = job.has_failed = True
 
@@ -366,9 +366,9 @@ class ScheduleMachine(RuleBasedStateMachine):
             block
             for row in self.rows
             if row.error is not None
-            for (other, _), cache in zip(row.terms, row.caches, strict=True)
-            if other.pool is resident.pool
-            for block in cache.blocks
+            for term in row.terms
+            if term.resident.pool is resident.pool
+            for block in term.cache.blocks
         }
         return resident.pool.capacity_tokens // 16 - len(stuck)
 
@@ -380,7 +380,8 @@ class ScheduleMachine(RuleBasedStateMachine):
         held: dict[KvPool, Counter[int]] = {pool: Counter() for pool in residents._pools.values()}
         holders: Counter[ResidentVersion] = Counter()
         for row in self.rows:
-            for (resident, _), cache in zip(row.terms, row.caches, strict=True):
+            for term in row.terms:
+                resident, cache = term.resident, term.cache
                 assert resident.pool in held, "a pool was given up while a row used it"
                 held[resident.pool].update(cache.blocks)
                 holders[resident] += 1

@@ -98,7 +98,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"request_id": "a b"}, "request_id", "letters"),
     ({"cache_salt": ""}, "cache_salt", "cache_salt"),
     ({"steering": 5}, "steering", "steering"),
-    ({"steering": {}}, "steering.adapters", "Missing required parameter: 'steering.adapters'."),
+    ({"steering": {"adapter": []}}, "steering.adapter", "adapter"),
     ({"steering": {"adapters": [{"name": "kind", "alpha": "1"}]}}, "steering.adapters[0].alpha", "a decimal"),
     ({"steering": {"adapters": [{"name": "kind", "alpha": 101}]}}, "steering.adapters[0].alpha", "<= 100"),
     ({"steering": {"adapters": [{"name": "kind", "x": 1}]}}, "steering.adapters[0].x", "Unrecognized"),
