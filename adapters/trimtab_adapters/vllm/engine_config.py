@@ -60,11 +60,12 @@ def build_residents(vllm_config: VllmConfig, device: torch.device) -> Residents:
         torch.device(device),
         kv_bytes=config.kv_bytes,
         dtype=dtype,
-        backend=_backend(torch.device(device)),
+        backend=backend_for(torch.device(device)),
     )
 
 
-def _backend(device: torch.device) -> Backend:
+def backend_for(device: torch.device) -> Backend:
+    """What this engine offers to compute with on a device."""
     if device.type != "cpu":
         return Backend()
     # These operators exist in vLLM's CPU build only.

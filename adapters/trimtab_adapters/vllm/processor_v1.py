@@ -103,7 +103,7 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
                 self._occupants[source] = standing
             elif standing is not None:
                 self._close(standing.row)
-        self.residents.sweep()
+        self.tidy()
 
     def _evict(self, index: int) -> None:
         occupant = self._occupants.pop(index, None)
