@@ -116,6 +116,10 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
         except Exception:  # boundary, as above; the others of the batch must still be told where they are
             logger.exception("a row could not be closed; its blocks may be lost")
 
+    def steered_indices(self, num_rows: int) -> set[int]:
+        """Rows of this step that asked for steering, whether or not their sample counts."""
+        return {index for index in self._occupants if index < num_rows}
+
     @override
     def apply(self, logits: Tensor) -> Tensor:
         if not self._occupants:

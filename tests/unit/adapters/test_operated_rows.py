@@ -151,8 +151,8 @@ def test_guidance_keeps_to_the_schedule_and_out_of_the_adapters_record(
     want = base[1] + expert + torch.log_softmax(base[1], -1) - against
     torch.testing.assert_close(logits[1], want, atol=TOLERANCE, rtol=0.0)
     (record,) = records.take(["both"])
-    assert record.adapter_logprobs == [[pytest.approx(float(expert[6]), abs=TOLERANCE)]]
-    assert record.negative_logprobs == [pytest.approx(float(against[6]), abs=TOLERANCE)]
+    assert record.adapter_logprobs[0] == pytest.approx([float(expert[6])], abs=TOLERANCE)
+    assert record.negative_logprobs == pytest.approx([float(against[6])], abs=TOLERANCE)
 
 
 def test_a_guided_row_that_comes_back_reads_the_same(
