@@ -61,8 +61,14 @@ class AdapterPasses:
                 for cache in caches:
                     resident.pool.discard(cache)
 
-    def run(self, members: Sequence[Member]) -> dict[VersionId, LogprobTable]:
-        """Next-token log-probabilities of each version over its rows. Rows that fail here get their `error`."""
+    def run(self, members: Sequence[Member], bystanders: Sequence[Term] = ()) -> dict[VersionId, LogprobTable]:
+        """Next-token log-probabilities of each version over its rows. Rows that fail here get their `error`.
+
+        Args:
+            members: Rows and terms to compute.
+            bystanders: Terms of open rows that are not computed now. When a pool is full, theirs is the first cache
+                that is given up; else a prompt that was read ahead would make rows fail that are due.
+        """
         groups: dict[VersionId, list[Member]] = {}
         for row, term in members:
             groups.setdefault(term.resident.version, []).append((row, term))
@@ -72,7 +78,8 @@ class AdapterPasses:
             if not alive:
                 continue
             resident = group[0][1].resident
-            victims = [
+            victims = [term.cache for term in bystanders if term.resident.pool is resident.pool]
+            victims += [
                 term.cache
                 for other, others in groups.items()
                 if other != version and others[0][1].resident.pool is resident.pool

@@ -86,6 +86,7 @@ class SteeringCore:
         self.num_steps = 0
         self.num_rows = 0
         self.num_failed = 0
+        self._open: dict[int, SteeredRow] = {}
 
     def open(
         self,
@@ -117,6 +118,7 @@ class SteeringCore:
             row.terms.append(Term(resident, weight.alpha, SequenceCache(root=resident.cache_root), row.tokens))
         if params.guidance is not None and params.guidance.scale != 1.0 and row.error is None:
             self._guide(row, params.guidance)
+        self._open[id(row)] = row
         return row
 
     def _guide(self, row: SteeredRow, guidance: Guidance) -> None:
@@ -133,6 +135,7 @@ class SteeringCore:
 
     def close(self, row: SteeredRow) -> None:
         """Let go of what a row holds; it may be opened again with the same tokens at little cost."""
+        self._open.pop(id(row), None)
         for term in row.all_terms:
             term.resident.pool.release(term.cache)
             term.resident.num_rows -= 1
@@ -173,7 +176,9 @@ class SteeringCore:
         self.num_rows += len(rows)
         factors = {id(row): row.factor for row, _ in rows if row.error is None}
         acting = [row for row, _ in rows if row.error is None and factors[id(row)]]
-        tables = self.passes.run([(row, term) for row in acting for term in row.all_terms])
+        keys = {id(row) for row in acting}
+        bystanders = [term for key, row in self._open.items() if key not in keys for term in row.all_terms]
+        tables = self.passes.run([(row, term) for row in acting for term in row.all_terms], bystanders)
         good = [(row, index) for row, index in rows if row.error is None]
         failed = [(row, index) for row, index in rows if row.error is not None]
         self.num_failed += len(failed)
