@@ -26,7 +26,7 @@ from trimtab_server.engine.base import Endpoint, EngineRequest
 from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.fake import FakeEngine, Fault
 from trimtab_server.engine.fake_app import fake_vllm_app
-from trimtab_server.engine.record_taker import MAX_UIDS, RecordTaker
+from trimtab_server.engine.record_fetcher import MAX_UIDS, RecordFetcher
 from trimtab_server.engine.vllm_http import DEAD_ENGINE, VllmEngine, build_engine_client
 
 pytestmark = pytest.mark.anyio
@@ -314,11 +314,11 @@ async def test_concurrent_takes_share_one_request() -> None:
         await gate.wait()
         return {uid: SteeringRecord(uid=uid) for uid in uids if uid != "unknown"}
 
-    taker = RecordTaker(take)
-    takes = [asyncio.create_task(taker.take(uids)) for uids in (["a"], ["b", "unknown"], ["c"])]
+    taker = RecordFetcher(take)
+    takes = [asyncio.create_task(taker.fetch(dict.fromkeys(uids, 0))) for uids in (["a"], ["b", "unknown"], ["c"])]
     while not calls:
         await asyncio.sleep(0)
-    takes.append(asyncio.create_task(taker.take(["d"])))
+    takes.append(asyncio.create_task(taker.fetch({"d": 0})))
     await asyncio.sleep(0)
     takes[2].cancel()  # a caller that gives up does not disturb the others
     gate.set()
@@ -337,10 +337,10 @@ async def test_a_failed_take_reaches_every_caller_and_the_next_one_works() -> No
         result: dict[str, SteeringRecord] = outcome
         return result
 
-    taker = RecordTaker(take)
-    failed = await asyncio.gather(taker.take(["a"]), taker.take(["b"]), return_exceptions=True)
+    taker = RecordFetcher(take)
+    failed = await asyncio.gather(taker.fetch({"a": 0}), taker.fetch({"b": 0}), return_exceptions=True)
     assert [type(outcome) for outcome in failed] == [EngineDiedError, EngineDiedError]
-    assert set(await taker.take(["c"])) == {"c"}
+    assert set(await taker.fetch({"c": 0})) == {"c"}
 
 
 async def test_more_uids_than_one_request_may_carry_are_split() -> None:
@@ -350,7 +350,7 @@ async def test_more_uids_than_one_request_may_carry_are_split() -> None:
         sizes.append(len(uids))
         return {}
 
-    await RecordTaker(take).take([str(i) for i in range(MAX_UIDS + 1)])
+    await RecordFetcher(take).fetch({str(i): 0 for i in range(MAX_UIDS + 1)})
     assert sizes == [MAX_UIDS, 1]
 
 
