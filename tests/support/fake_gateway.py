@@ -60,7 +60,8 @@ class MemoryCatalog:
         terms = revision.steering
         if steering is not None and steering.adapters is not None:
             terms = tuple(self._term(choice.name, choice.version, choice.alpha) for choice in steering.adapters)
-        return ResolvedModel(model, "base", terms, revision.best_of, revision.reward)
+        options = revision.options.overridden_by(steering)
+        return ResolvedModel(model, "base", terms, revision.best_of, revision.reward, options)
 
     def _term(self, name: str, version: str | None, alpha: float | None) -> AdapterWeight:
         adapter = self.adapters.get(name)

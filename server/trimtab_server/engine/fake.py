@@ -6,7 +6,7 @@ that must be prepared and committed, records that can be taken once, and failure
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,8 @@ class Observed:
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     taken: list[list[str]] = field(default_factory=list)
+    read: list[dict[str, int]] = field(default_factory=list)
+    posted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     running: int = 0
     max_running: int = 0
@@ -62,6 +64,7 @@ class FakeEngine:
         model: Reported by `status`.
         max_model_len: Prompts that leave no room are refused with 400, as vLLM does.
         has_chat_template: Without one chat requests are refused, as vLLM does.
+        can_guide: Reported by `status`.
         fault_for: Decides per request what goes wrong.
         refuse_version: Reason for which `prepare` refuses a version, or None.
     """
@@ -73,6 +76,7 @@ class FakeEngine:
         model: str = "base",
         max_model_len: int = 4096,
         has_chat_template: bool = True,
+        can_guide: bool = True,
         fault_for: Callable[[EngineRequest], Fault | None] | None = None,
         refuse_version: Callable[[VersionId], AdapterError | None] | None = None,
     ) -> None:
@@ -80,6 +84,7 @@ class FakeEngine:
         self._model = model
         self._max_model_len = max_model_len
         self._has_chat_template = has_chat_template
+        self._can_guide = can_guide
         self.fault_for = fault_for
         self.refuse_version = refuse_version
         self.is_up = True
@@ -141,7 +146,7 @@ class FakeEngine:
                 recomputed_tokens=0,
             ),
             weights=WeightStatus(budget_bytes=None, used_bytes=0),
-            can_guide=True,
+            can_guide=self._can_guide,
         )
 
     async def generate(self, request: EngineRequest) -> Candidate:
@@ -161,6 +166,12 @@ class FakeEngine:
         self._check_up()
         self.observed.taken.append(list(uids))
         return {uid: self._records.pop(uid) for uid in uids if uid in self._records}
+
+    async def read_records(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]:
+        """What was recorded so far, from a token on; it stays."""
+        self._check_up()
+        self.observed.read.append(dict(starts))
+        return {uid: _from(self._records[uid], start) for uid, start in starts.items() if uid in self._records}
 
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
         """Load a version; waits for `load_gate`."""
@@ -191,8 +202,10 @@ class FakeEngine:
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """`/tokenize` and `/detokenize`."""
         self._check_up()
-        if path == "/tokenize" and "prompt" in body:
-            tokens = fake_model.tokenize(body["prompt"])
+        self.observed.posted.append((path, body))
+        if path == "/tokenize":
+            text = body["prompt"] if "prompt" in body else self._render_chat(body["messages"])
+            tokens = fake_model.tokenize(text)
             return {"count": len(tokens), "max_model_len": self._max_model_len, "tokens": tokens, "token_strs": None}
         if path == "/detokenize":
             if any(not 0 <= token < fake_model.VOCAB_SIZE for token in body["tokens"]):
@@ -242,13 +255,7 @@ class FakeEngine:
         """The ids of a request's prompt, or the refusal that vLLM would answer."""
         body = request.body
         if request.endpoint == "chat.completions":
-            if not self._has_chat_template:
-                raise EngineRequestError(
-                    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
-                    "template if the tokenizer does not define one.",
-                    engine_status=400,
-                )
-            prompt = fake_model.tokenize(fake_model.render_chat(body["messages"]))
+            prompt = fake_model.tokenize(self._render_chat(body["messages"]))
         else:
             raw = body["prompt"]
             prompt = fake_model.tokenize(raw) if isinstance(raw, str) else list(raw)
@@ -260,6 +267,15 @@ class FakeEngine:
             )
         return prompt
 
+    def _render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
+        if not self._has_chat_template:
+            raise EngineRequestError(
+                "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+                "template if the tokenizer does not define one.",
+                engine_status=400,
+            )
+        return fake_model.render_chat(messages)
+
     def check_versions(self, request: EngineRequest) -> None:
         """Refuse a steering whose versions are not committed."""
         for weight in request.steering.adapters if request.steering is not None else ():
@@ -270,6 +286,23 @@ class FakeEngine:
     def _check_up(self) -> None:
         if not self.is_up:
             raise EngineUnavailableError(f"the engine {self._name} cannot be reached; it may be starting")
+
+
+def _from(record: SteeringRecord, start: int) -> SteeringRecord:
+    negative, alternatives = record.negative_logprobs, record.alternatives
+    return record.model_copy(
+        update={
+            "num_tokens": max(record.num_tokens - start, 0),
+            "token_ids": record.token_ids[start:],
+            "base_logprobs": record.base_logprobs[start:],
+            "adapter_logprobs": [values[start:] for values in record.adapter_logprobs],
+            "negative_logprobs": None if negative is None else negative[start:],
+            "steered_logprobs": record.steered_logprobs[start:],
+            "kl": record.kl[start:],
+            "flipped": record.flipped[start:],
+            "alternatives": None if alternatives is None else alternatives[start:],
+        }
+    )
 
 
 class _Speech:
@@ -334,14 +367,10 @@ class _Speech:
         )
 
     def _next(self, prompt: list[int], position: int) -> fake_model.FakeToken:
-        steering = self._request.steering
-        return fake_model.next_token(
-            prompt,
-            position,
-            steering.adapters if steering is not None else (),
-            seed=self._seed,
-            greedy=self._request.body.get("temperature") == 0,
-        )
+        steering, greedy = self._request.steering, self._request.body.get("temperature") == 0
+        if steering is None:
+            return fake_model.next_token(prompt, position, (), seed=self._seed, greedy=greedy)
+        return fake_model.next_token_of(prompt, position, steering, seed=self._seed, greedy=greedy)
 
     def _stopped(self, text: str, piece: str) -> tuple[str, str | None]:
         stops = self._request.body.get("stop") or []
@@ -355,10 +384,10 @@ class _Speech:
         record, steering = self._record, self._request.steering
         if record is None or steering is None:
             return
+        self._engine.keep_record(record)
         record.num_tokens += 1
         if failure is not None:
             record.status, record.error = "failed", failure
-            self._engine.keep_record(record)
         if steering.record:
             record.token_ids.append(token.id)
             record.base_logprobs.append(token.base_logprob)
@@ -367,7 +396,12 @@ class _Speech:
             for values, value in zip(record.adapter_logprobs, token.adapter_logprobs, strict=True):
                 values.append(value)
             record.kl.append(fake_model.kl_of(token))
-            record.flipped.append(True)
+            record.flipped.append(token.is_steered)
+            if steering.guidance is not None:
+                record.negative_logprobs = [*(record.negative_logprobs or []), token.negative_logprob]
+            if steering.num_alternatives is not None:
+                at = fake_model.alternatives_of(token, steering)
+                record.alternatives = [*(record.alternatives or []), at]
 
     def _delta(
         self,

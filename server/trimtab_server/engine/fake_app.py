@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from trimtab_adapters.contract.engine_api import PrepareRequest, TakeReply, TakeRequest, VersionRequest
+from trimtab_adapters.contract.engine_api import PrepareRequest, ReadRequest, TakeReply, TakeRequest, VersionRequest
 from trimtab_adapters.contract.errors import EngineDiedError, EngineRequestError, EngineUnavailableError, TrimtabError
 from trimtab_adapters.contract.params import SteeringParams
 from trimtab_server.engine.base import Endpoint, EngineRequest
@@ -35,6 +35,7 @@ def fake_vllm_app(engine: FakeEngine) -> Starlette:
         Route("/trimtab/adapters/commit", _plain(lambda body: engine.commit(_version(body))), methods=["POST"]),
         Route("/trimtab/adapters/retire", _plain(lambda body: engine.retire(_version(body))), methods=["POST"]),
         Route("/trimtab/records/take", _plain(lambda body: _take(engine, body)), methods=["POST"]),
+        Route("/trimtab/records/read", _plain(lambda body: _read(engine, body)), methods=["POST"]),
     ]
     return Starlette(routes=routes)
 
@@ -119,6 +120,12 @@ async def _take(engine: FakeEngine, body: dict[str, Any]) -> TakeReply:
     uids = TakeRequest.model_validate(body).uids
     records = await engine.take_records(uids)
     return TakeReply(records=list(records.values()), missing=[uid for uid in uids if uid not in records])
+
+
+async def _read(engine: FakeEngine, body: dict[str, Any]) -> TakeReply:
+    starts = ReadRequest.model_validate(body).starts
+    records = await engine.read_records(starts)
+    return TakeReply(records=list(records.values()), missing=[uid for uid in starts if uid not in records])
 
 
 def _error_body(exc: TrimtabError) -> dict[str, Any]:

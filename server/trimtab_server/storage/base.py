@@ -6,9 +6,12 @@ from typing import Any, Literal, Protocol
 
 from trimtab_adapters.contract.calibration import EmpiricalCalibrator
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, SteeringRequest
 from trimtab_adapters.contract.records import Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
+
+NO_OPTIONS = SteeringOptions()
+"""A steering that has nothing beside its adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class RouteRevision:
     reward: str | None = None
     created_at: float = 0.0
     comment: str = ""
+    options: SteeringOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class ResolvedModel:
     steering: tuple[AdapterWeight, ...]
     best_of: int | None = None
     reward: str | None = None
+    options: SteeringOptions = NO_OPTIONS
+    """The route's, with those of the request in their place."""
 
 
 class Catalog(Protocol):

@@ -12,10 +12,10 @@ from sqlalchemy import Connection, func, select, update
 
 from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import AdapterName, AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import AdapterName, AdapterWeight, SteeringOptions, SteeringRequest
 from trimtab_adapters.store import VersionStore
-from trimtab_server.storage.base import AdapterVersion, ResolvedModel, RouteRevision
-from trimtab_server.storage.catalog_state import CatalogState, dump_steering, revision_of
+from trimtab_server.storage.base import NO_OPTIONS, AdapterVersion, ResolvedModel, RouteRevision
+from trimtab_server.storage.catalog_state import CatalogState, dump_options, dump_steering, revision_of
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.tables import adapter_versions, route_revisions, routes
 
@@ -64,11 +64,12 @@ class SqlCatalog:
 
         Args:
             model: The base model's name or a route's.
-            steering: Replaces the route's steering; without adapters the answer is unsteered.
+            steering: Its adapters, where given, replace the route's; so does each option that is given, also as None.
 
         Raises:
             NotFoundError: An unknown model, adapter or version.
-            InvalidRequestError: A retired version, too many adapters, or the same version twice.
+            InvalidRequestError: A retired version, too many adapters, the same version twice, or a guidance scale
+                without a negative prompt.
         """
         state = self._state
         revision = None if model == self.base_model else state.routes.get(model)
@@ -83,6 +84,7 @@ class SqlCatalog:
             steering=terms,
             best_of=revision.best_of if revision is not None else None,
             reward=revision.reward if revision is not None else None,
+            options=(revision.options if revision is not None else NO_OPTIONS).overridden_by(steering),
         )
 
     async def version(self, version: str) -> AdapterVersion:
@@ -196,6 +198,7 @@ class SqlCatalog:
         best_of: int | None = None,
         reward: str | None = None,
         comment: str = "",
+        options: SteeringOptions = NO_OPTIONS,
     ) -> RouteRevision:
         """Make a route, or give it a new revision.
 
@@ -205,6 +208,7 @@ class SqlCatalog:
             best_of: Candidates per prompt where a request says nothing.
             reward: Name of the reward that ranks them.
             comment: Kept in the history.
+            options: What the steering has beside its adapters.
 
         Raises:
             InvalidRequestError: A bad name, or a version that is retired.
@@ -212,7 +216,7 @@ class SqlCatalog:
             ConflictError: The name is the base model's.
         """
         self.check_route_name(route)
-        draft = RouteRevision(route, 0, tuple(steering), best_of, reward, comment=comment)
+        draft = RouteRevision(route, 0, tuple(steering), best_of, reward, comment=comment, options=options)
         return await self._write_revision(route, lambda connection, state: draft)
 
     def plan_activation(
@@ -251,7 +255,7 @@ class SqlCatalog:
     async def activate(
         self, route: str, adapter: str, version: str | None = None, alpha: float | None = None, comment: str = ""
     ) -> RouteRevision:
-        """Put an adapter version on a route, as `plan_activation` describes; `best_of` and `reward` stay."""
+        """Put an adapter version on a route, as `plan_activation` describes; all else stays."""
         steering = self.plan_activation(route, adapter, version, alpha)
         return await self.switch(route, steering, comment=comment)
 
@@ -263,7 +267,7 @@ class SqlCatalog:
         comment: str = "",
         expected_revision: int | None = None,
     ) -> RouteRevision:
-        """Give a route another steering; `best_of` and `reward` stay. The route is made when there is none.
+        """Give a route other adapters; all else stays. The route is made when there is none.
 
         Args:
             route: Its public model name.
@@ -366,6 +370,7 @@ class SqlCatalog:
                 "reward": revision.reward,
                 "created_at": self._clock(),
                 "comment": revision.comment,
+                "options": dump_options(revision.options),
             }
             connection.execute(route_revisions.insert().values(row))
             pointer = self._database.insert(routes).values(name=route, revision=number)

@@ -9,7 +9,13 @@ from sqlalchemy import Connection, RowMapping, select
 
 from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import MAX_ADAPTERS, AdapterChoice, AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import (
+    MAX_ADAPTERS,
+    AdapterChoice,
+    AdapterWeight,
+    SteeringOptions,
+    SteeringRequest,
+)
 from trimtab_server.storage.base import AdapterVersion, RouteRevision
 from trimtab_server.storage.tables import adapter_versions, route_revisions, routes
 
@@ -138,12 +144,18 @@ class CatalogState:
 def revision_of(row: RowMapping) -> RouteRevision:
     """A row of `route_revisions` as a value."""
     steering = tuple(AdapterWeight.model_validate(weight) for weight in row["steering"])
-    return RouteRevision(**{**row, "steering": steering})
+    options = SteeringOptions.model_validate(row["options"] or {})
+    return RouteRevision(**{**row, "steering": steering, "options": options})
 
 
 def dump_steering(steering: Iterable[AdapterWeight]) -> list[dict[str, object]]:
     """The JSON form of a steering in `route_revisions`."""
     return [weight.model_dump() for weight in steering]
+
+
+def dump_options(options: SteeringOptions) -> dict[str, object] | None:
+    """The JSON form of a steering's options in `route_revisions`; None, as in old revisions, where there are none."""
+    return options.model_dump(exclude_none=True) or None
 
 
 def _version(row: RowMapping) -> AdapterVersion:

@@ -60,6 +60,7 @@ route_revisions = Table(
     Column("reward", String(64)),
     Column("created_at", Double, nullable=False),
     Column("comment", ExactText, nullable=False),
+    Column("options", JsonText),
 )
 
 routes = Table(

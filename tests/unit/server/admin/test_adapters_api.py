@@ -160,7 +160,7 @@ async def test_unknown_names_are_not_found(bench: Bench) -> None:
 async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
     version = (await add(bench))["version"]
     body = {
-        "steering": {"adapters": [{"name": "kind", "alpha": 0.5}]},
+        "steering": {"adapters": [{"name": "kind", "alpha": 0.5}], "max_kl": 0.5},
         "best_of": 4,
         "reward": "length",
         "comment": "first",
@@ -172,6 +172,7 @@ async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
         "route": "nice",
         "revision": 1,
         "steering": [{"name": "kind", "version": version, "alpha": 0.5}],
+        "operators": {"max_kl": 0.5},
         "best_of": 4,
         "reward": "length",
         "comment": "first",
@@ -190,6 +191,10 @@ async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
         ({"steering": {"adapters": [{"name": "kind"}, {"name": "kind"}]}}, 400, "steering"),
         ({"steering": {"adapters": [{"name": "kind", "alpha": 1000}]}}, 400, None),
         ({"steering": {"adapters": [{"name": "kind"}] * 9}}, 400, None),
+        ({"steering": {"plausibility": 2}}, 400, "steering.plausibility"),
+        ({"steering": {"guidance_scale": 2}}, 400, "steering.guidance_scale"),
+        ({"steering": {"negative_prompt": ""}}, 400, "steering.negative_prompt"),
+        ({"steering": {"explain": True}}, 400, "steering.explain"),
         ({"best_of": 0}, 400, "best_of"),
         ({"best_of": 1.5}, 400, "best_of"),
         ({"reward": "nothing"}, 404, "reward"),
@@ -204,6 +209,24 @@ async def test_a_bad_route_is_refused_and_nothing_changes(
     if param is not None:
         assert error["param"] == param
     assert (await bench.call("GET", "routes"))["data"] == []
+
+
+async def test_operators_stay_when_a_version_is_activated_and_come_back_by_rollback(bench: Bench) -> None:
+    await add(bench)
+    operators = {
+        "schedule": {"start": 1, "first": 20, "decay": 0.5},
+        "negative_prompt": [{"role": "user", "content": "Be rude.\x00"}],
+        "guidance_scale": 2.0,
+    }
+    await bench.call("PUT", "routes/nice", json={"steering": {"adapters": [{"name": "kind"}], **operators}})
+    await add(bench, weight=2.0)
+    activated = await bench.call("POST", "routes/nice/activate", json={"adapter": "kind"})
+    assert activated["operators"] == operators
+    assert (await bench.call("PUT", "routes/nice", json={}))["operators"] == {}
+    back = await bench.call("POST", "routes/nice/rollback", json={"revision": 1})
+    assert (back["operators"], back["steering"][0]["name"]) == (operators, "kind")
+    history = (await bench.call("GET", "routes/nice/history"))["data"]
+    assert [revision["operators"] for revision in history] == [operators, operators, {}, operators]
 
 
 async def test_bad_route_names_are_refused(bench: Bench) -> None:

@@ -94,6 +94,26 @@ async def test_routes_are_set_listed_rolled_back_and_deleted(bench: Bench, run: 
     assert json.loads(await run("routes", "list", "--json")) == []
 
 
+async def test_operators_are_set_on_a_route_and_shown(run: Run) -> None:
+    line = await run(
+        *("routes", "set", "nice", "--schedule-first", "20", "--schedule-decay", "0.95", "--plausibility", "0.1"),
+        *("--max-kl", "0.5", "--negative-prompt", "Rude", "--guidance-scale", "2"),
+    )
+    assert line == (
+        "nice is at revision 1: schedule.start=0 schedule.first=20 schedule.decay=0.95 plausibility=0.1 max_kl=0.5 "
+        "negative_prompt guidance_scale=2\n"
+    )
+    assert json.loads(await run("routes", "show", "nice"))["operators"]["negative_prompt"] == "Rude"
+    assert "max_kl=0.5" in await run("routes", "list")
+    messages = [{"role": "user", "content": "Be rude."}]
+    await run("routes", "set", "nice", "--negative-messages", json.dumps(messages))
+    assert json.loads(await run("routes", "show", "nice"))["operators"] == {"negative_prompt": messages}
+    assert "not JSON" in await run("routes", "set", "nice", "--negative-messages", "{", status=1)
+    both = ("--negative-messages", "[]", "--negative-prompt", "x")
+    assert "either" in await run("routes", "set", "nice", *both, status=1)
+    assert "Expected a value <= 1" in await run("routes", "set", "nice", "--plausibility", "2", status=1)
+
+
 async def test_rollouts_are_listed_and_exported(bench: Bench, run: Run, tmp_path: Path) -> None:
     rollouts = [
         Rollout(
@@ -108,12 +128,14 @@ async def test_rollouts_are_listed_and_exported(bench: Bench, run: Run, tmp_path
             output_text="[bold]long\n" * 20,
             output_token_ids=[2],
             steering=[],
+            sampling={"steering_operators": {"max_kl": 0.5}, "guidance": {"token_ids": [1], "scale": 2.0}},
         )
         for number in range(3)
     ]
     await bench.log.append(rollouts)
     lines = (await run("rollouts", "list", "--since", "1")).splitlines()
     assert [line.split()[0] for line in lines] == ["ID", "r1", "r2"]
+    assert "max_kl=0.5 negative_prompt guidance_scale=2" in lines[1]
     assert "[bold]long [bold]long" in lines[1]  # text is never read as markup
     assert [item["id"] for item in json.loads(await run("rollouts", "list", "--limit", "1", "--json"))] == ["r0"]
     parquet, jsonl = tmp_path / "out.parquet", tmp_path / "out.jsonl"
