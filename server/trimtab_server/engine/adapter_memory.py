@@ -59,7 +59,7 @@ class AdapterMemory:
     @property
     def used_bytes(self) -> int:
         """Bytes taken or promised."""
-        return self.shared_bytes + self._sum(self.usable | self.loading | self.in_flight.keys())
+        return self.shared_bytes + self._sum(self.usable | self.loading | self.freeing | self.in_flight.keys())
 
     def learn(self, status: EngineStatus) -> None:
         """Take up what the engine says of budget and sizes; which versions it holds is the caller's affair."""
