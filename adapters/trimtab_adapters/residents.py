@@ -18,6 +18,8 @@ from trimtab_adapters.adapter_lm import AdapterLM, Backend, load_adapter_lm
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
+    AdapterTooLargeError,
     ConflictError,
     ManifestError,
     NotFoundError,
@@ -27,8 +29,11 @@ from trimtab_adapters.contract.errors import (
 from trimtab_adapters.contract.manifest import Manifest, read_manifest
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.kv_pool import BLOCK_SIZE, KvBudget, KvGeometry, KvPool, PoolExhaustedError, SequenceCache
+from trimtab_adapters.weight_budget import Reservation, WeightBudget, added_bytes
 
 logger = logging.getLogger(__name__)
+
+MEMORY_CODES = (AdapterMemoryFullError.default_code, AdapterTooLargeError.default_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class ResidentVersion:
         self.cache_root = bytes.fromhex(manifest.digest)
         self.num_rows = 0
         self.is_usable = True
+        self.reservation: Reservation | None = None
         self.activity = Activity()
 
     def next_token_logits(
@@ -218,6 +224,14 @@ class Residents:
 
     `committed` is the mapping that the steering core reads. All methods are called from the engine's one worker
     thread; only loading itself happens in a background thread.
+
+    Args:
+        base: What adapters must fit.
+        device: Where they run.
+        kv_bytes: Budget of their KV cache.
+        weight_bytes: Budget of their weights; None means no bound.
+        dtype: Type of weights and cache; each directory's own when None.
+        backend: What the engine offers to compute with.
     """
 
     def __init__(
@@ -226,6 +240,7 @@ class Residents:
         device: torch.device,
         *,
         kv_bytes: int,
+        weight_bytes: int | None = None,
         dtype: torch.dtype | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -234,8 +249,9 @@ class Residents:
         self.dtype = dtype
         self.backend = backend
         self.budget = KvBudget(kv_bytes)
+        self.weights = WeightBudget(weight_bytes)
         self.committed: dict[VersionId, ResidentVersion] = {}
-        self._loading: dict[VersionId, tuple[str, Future[tuple[Manifest, AdapterLM]]]] = {}
+        self._loading: dict[VersionId, tuple[Reservation, Future[tuple[Manifest, AdapterLM]]]] = {}
         self._prepared: dict[VersionId, ResidentVersion] = {}
         self._retiring: dict[VersionId, ResidentVersion] = {}
         self._failed: dict[VersionId, LoadedVersion] = {}
@@ -249,24 +265,34 @@ class Residents:
             self._prepared[version] = self._retiring.pop(version)
             return
         self._failed.pop(version, None)
-        future: Future[tuple[Manifest, AdapterLM]] = Future()
-        self._loading[version] = (path, future)
+        reservation, future = self.weights.reserve(), Future[tuple[Manifest, AdapterLM]]()
+        self._loading[version] = (reservation, future)
         thread = threading.Thread(
-            target=self._load, args=(version, Path(path), future), name=f"load-{version}", daemon=True
+            target=self._load, args=(version, Path(path), reservation, future), name=f"load-{version}", daemon=True
         )
         thread.start()
 
-    def _load(self, version: VersionId, path: Path, future: "Future[tuple[Manifest, AdapterLM]]") -> None:
+    def _load(
+        self, version: VersionId, path: Path, reservation: Reservation, future: Future[tuple[Manifest, AdapterLM]]
+    ) -> None:
         try:
             manifest = read_manifest(path)
             if manifest.version_id != version:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
+            reservation.resize(added_bytes(manifest, path, self.dtype))
             adapter = load_adapter_lm(path, self.device, dtype=self.dtype, backend=self.backend)
-            check_fit(manifest, adapter, self.base)
-            future.set_result((manifest, adapter))
+            try:
+                check_fit(manifest, adapter, self.base)
+                reservation.resize(adapter.weight_bytes)
+            except TrimtabError:
+                adapter.free()
+                raise
         except Exception as exc:  # noqa: BLE001 - handed to the caller of `poll`, which translates it
+            reservation.release()
             future.set_exception(exc)
+            return
+        future.set_result((manifest, adapter))
 
     def poll(self, version: VersionId) -> LoadedVersion:
         """State of a version that was prepared.
@@ -286,19 +312,27 @@ class Residents:
         if version in self._failed:
             return self._failed[version]
         if version in self._loading:
-            return LoadedVersion(version=version, name="", state="loading")
+            reserved = self._loading[version][0].num_bytes
+            return LoadedVersion(version=version, name="", state="loading", weight_bytes=reserved)
         raise NotFoundError(f"adapter version {version} is not loaded in this engine")
 
     def _finish_loading(self, version: VersionId) -> None:
-        _, future = self._loading.pop(version)
+        reservation, future = self._loading.pop(version)
         try:
             manifest, adapter = future.result()
-            self._prepared[version] = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+            resident = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+            resident.reservation = reservation
+            self._prepared[version] = resident
+            return
         except (TrimtabError, PoolExhaustedError) as exc:
-            self._failed[version] = _failure(version, str(exc), getattr(exc, "code", None))
+            failure = _failure(version, str(exc), getattr(exc, "code", None))
         except Exception as exc:  # whatever loading raised must reach the admin, not kill the engine
             logger.exception("loading adapter version %s failed", version)
-            self._failed[version] = _failure(version, f"{type(exc).__name__}: {exc}", None)
+            failure = _failure(version, f"{type(exc).__name__}: {exc}", None)
+        reservation.release()
+        if failure.error_code in MEMORY_CODES:
+            failure.weight_bytes = reservation.wanted_bytes
+        self._failed[version] = failure
 
     def _pool(self, geometry: KvGeometry) -> KvPool:
         pool = self._pools.get(geometry)
@@ -325,6 +359,9 @@ class Residents:
     def retire(self, version: VersionId) -> int:
         """Refuse new rows for a version; free it at once or with its last row. Returns the rows that still hold it."""
         self._failed.pop(version, None)
+        if (loading := self._loading.pop(version, None)) is not None:
+            loading[1].add_done_callback(lambda future: _drop(*loading))
+            return 0
         # One that was prepared may have rows too: those that it had when it was wanted again before they ended.
         resident = self.committed.pop(version, None) or self._prepared.pop(version, None) or self._retiring.get(version)
         if resident is None:
@@ -344,6 +381,8 @@ class Residents:
             resident = self._retiring.pop(version)
             resident.pool.forget(resident.cache_root)
             resident.adapter.free()
+            if resident.reservation is not None:
+                resident.reservation.release()
         alive = {r.pool.geometry for group in (self.committed, self._prepared, self._retiring) for r in group.values()}
         for geometry in [g for g in self._pools if g not in alive]:
             pool = self._pools.pop(geometry)
@@ -356,9 +395,7 @@ class Residents:
 
     def weight_status(self) -> WeightStatus:
         """Memory of the weights of all versions together."""
-        groups = (self.committed, self._prepared, self._retiring)
-        used = sum(resident.adapter.weight_bytes for group in groups for resident in group.values())
-        return WeightStatus(budget_bytes=None, used_bytes=used)
+        return WeightStatus(budget_bytes=self.weights.total_bytes, used_bytes=self.weights.used_bytes)
 
     def cache_status(self) -> CacheStatus:
         """The KV cache of all pools together."""
@@ -374,6 +411,13 @@ class Residents:
             computed_tokens=sum(p.counters.computed_tokens for p in pools),
             recomputed_tokens=sum(p.counters.recomputed_tokens for p in pools),
         )
+
+
+def _drop(reservation: Reservation, future: Future[tuple[Manifest, AdapterLM]]) -> None:
+    """Throw away what nobody wants any more, in the thread that has just loaded it."""
+    if future.exception() is None:
+        future.result()[1].free()
+    reservation.release()
 
 
 def _failure(version: VersionId, message: str, code: str | None) -> LoadedVersion:

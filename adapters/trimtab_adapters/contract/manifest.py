@@ -69,6 +69,11 @@ class Manifest(BaseModel):
             raise ValueError("no safetensors file is listed")
         return files
 
+    @property
+    def weight_file_bytes(self) -> int:
+        """Size of the weights on disk: about what they take in memory, unless the engine changes their type."""
+        return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(".safetensors"))
+
     def canonical_json(self) -> bytes:
         """The bytes that the version id is the hash of."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()

@@ -24,6 +24,7 @@ from trimtab_adapters.contract.engine_api import (
     TakeRequest,
     VersionRequest,
 )
+from trimtab_adapters.contract.errors import AdapterMemoryFullError, ConflictError
 from trimtab_adapters.contract.params import Guidance, SteeringParams
 
 _TRIAL_TOKENS = 24
@@ -97,13 +98,14 @@ def _answer(value: dict[str, Any]) -> JSONResponse:
     if "status" in value and isinstance(value.get("error"), dict):
         return JSONResponse({"error": value["error"]}, status_code=value["status"])
     if value.get("state") == "failed":
+        is_full = value.get("error_code") == AdapterMemoryFullError.default_code  # another time it may fit
         error = {
             "message": value["error"],
-            "type": "invalid_request_error",
-            "param": "path",
+            "type": ConflictError.type if is_full else "invalid_request_error",
+            "param": None if is_full else "path",
             "code": value.get("error_code") or "invalid_adapter",
         }
-        return JSONResponse({"error": error}, status_code=400)
+        return JSONResponse({"error": error}, status_code=ConflictError.status if is_full else 400)
     return JSONResponse(value)
 
 

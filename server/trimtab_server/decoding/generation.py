@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
@@ -119,6 +120,8 @@ class Generator:
         except AdapterError as exc:
             # The caller named a registered version; that the engine cannot use it is not the request's fault.
             raise SteeringError(f"An adapter version of this request cannot be used: {exc.message}") from exc
+        except AdapterMemoryFullError:
+            raise  # nothing is wrong with the engine
         except (EngineError, SteeringError) as exc:
             if not isinstance(exc, EngineRequestError) or exc.engine_status in (400, 404) or exc.engine_status >= 500:
                 self._residency.forget()

@@ -147,7 +147,12 @@ class Engine(Protocol):
         ...
 
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
-        """Load and validate a version in the engine without using it. Raises `AdapterError` when it is refused."""
+        """Load and validate a version in the engine without using it.
+
+        Raises:
+            AdapterError: It is refused.
+            AdapterMemoryFullError: The engine's adapter memory has no room for it now.
+        """
         ...
 
     async def commit(self, version: VersionId) -> LoadedVersion:

@@ -14,6 +14,7 @@ from typing import Any
 from trimtab_adapters.contract.engine_api import CacheStatus, EngineStatus, LoadedVersion, RetireReply, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
     EngineRequestError,
     EngineUnavailableError,
     SteeringError,
@@ -67,6 +68,8 @@ class FakeEngine:
         can_guide: Reported by `status`.
         fault_for: Decides per request what goes wrong.
         refuse_version: Reason for which `prepare` refuses a version, or None.
+        weight_budget_bytes: Budget of adapter memory; None means no bound.
+        weight_bytes: What a version takes of it.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class FakeEngine:
         can_guide: bool = True,
         fault_for: Callable[[EngineRequest], Fault | None] | None = None,
         refuse_version: Callable[[VersionId], AdapterError | None] | None = None,
+        weight_budget_bytes: int | None = None,
+        weight_bytes: Callable[[VersionId], int] = lambda version: 1,
     ) -> None:
         self._name = name
         self._model = model
@@ -87,6 +92,8 @@ class FakeEngine:
         self._can_guide = can_guide
         self.fault_for = fault_for
         self.refuse_version = refuse_version
+        self.weight_budget_bytes = weight_budget_bytes
+        self.weight_bytes = weight_bytes
         self.is_up = True
         self.boot_id = uuid.uuid4().hex
         self.observed = Observed()
@@ -145,9 +152,14 @@ class FakeEngine:
                 computed_tokens=0,
                 recomputed_tokens=0,
             ),
-            weights=WeightStatus(budget_bytes=None, used_bytes=0),
+            weights=WeightStatus(budget_bytes=self.weight_budget_bytes, used_bytes=self.used_weight_bytes),
             can_guide=self._can_guide,
         )
+
+    @property
+    def used_weight_bytes(self) -> int:
+        """Adapter memory of the versions that are loaded or loading."""
+        return sum(version.weight_bytes for version in self.versions.values() if version.state != "failed")
 
     async def generate(self, request: EngineRequest) -> Candidate:
         """Generate one candidate."""
@@ -177,10 +189,26 @@ class FakeEngine:
         """Load a version; waits for `load_gate`."""
         self._check_up()
         self.observed.calls.append(("prepare", version))
-        await self.load_gate.wait()
-        if self.refuse_version is not None and (error := self.refuse_version(version)) is not None:
-            raise error
-        self.versions[version] = LoadedVersion(version=version, name="adapter", state="prepared")
+        if version in self.versions and self.versions[version].state in ("prepared", "committed"):
+            return self.versions[version]
+        weight_bytes = self.weight_bytes(version)
+        self.versions.pop(version, None)
+        if self.weight_budget_bytes is not None and self.used_weight_bytes + weight_bytes > self.weight_budget_bytes:
+            self.versions[version] = LoadedVersion(
+                version=version, name="", state="failed", weight_bytes=weight_bytes, error_code="adapter_memory_full"
+            )
+            raise AdapterMemoryFullError("the adapter memory is full")
+        self.versions[version] = LoadedVersion(version=version, name="", state="loading", weight_bytes=weight_bytes)
+        try:
+            await self.load_gate.wait()
+            if self.refuse_version is not None and (error := self.refuse_version(version)) is not None:
+                raise error
+        except BaseException:
+            self.versions.pop(version, None)
+            raise
+        self.versions[version] = LoadedVersion(
+            version=version, name="adapter", state="prepared", weight_bytes=weight_bytes
+        )
         return self.versions[version]
 
     async def commit(self, version: VersionId) -> LoadedVersion:

@@ -13,7 +13,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from trimtab_adapters.contract.engine_api import PrepareRequest, ReadRequest, TakeReply, TakeRequest, VersionRequest
-from trimtab_adapters.contract.errors import EngineDiedError, EngineRequestError, EngineUnavailableError, TrimtabError
+from trimtab_adapters.contract.errors import (
+    AdapterMemoryFullError,
+    EngineDiedError,
+    EngineRequestError,
+    EngineUnavailableError,
+    TrimtabError,
+)
 from trimtab_adapters.contract.params import SteeringParams
 from trimtab_server.engine.base import Endpoint, EngineRequest
 from trimtab_server.engine.candidate_builder import CandidateBuilder
@@ -140,6 +146,8 @@ def _status(exc: TrimtabError) -> int:
         return exc.engine_status
     if isinstance(exc, EngineDiedError):
         return 500  # as vLLM's server does
+    if isinstance(exc, AdapterMemoryFullError):
+        return 409
     return 503 if isinstance(exc, EngineUnavailableError) else exc.status
 
 

@@ -26,6 +26,7 @@ from trimtab_adapters.contract.engine_api import (
 )
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
@@ -195,13 +196,20 @@ class VllmEngine:
         return await self._reader.fetch(starts)
 
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
-        """Load and validate a version. Raises `AdapterError`, of the engine's own kind, when it is refused."""
+        """Load and validate a version.
+
+        Raises:
+            AdapterError: It is refused; of the engine's own kind.
+            AdapterMemoryFullError: There is no room for it now.
+        """
         body = PrepareRequest(version=version, path=path)
         try:
             loaded = _parsed(LoadedVersion, await self._call("/trimtab/adapters/prepare", body.model_dump(), _LOAD))
         except EngineRequestError as exc:
             if exc.engine_status >= 500:
                 raise
+            if exc.error.get("code") == AdapterMemoryFullError.default_code:
+                raise AdapterMemoryFullError(exc.message) from exc
             raise _adapter_error(exc.message, exc.error.get("code")) from exc
         if loaded.state == "failed":
             raise _adapter_error(loaded.error or f"the engine could not load version {version}", loaded.error_code)

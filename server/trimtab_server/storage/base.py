@@ -24,6 +24,8 @@ class AdapterVersion:
     manifest: Manifest
     created_at: float
     retired_at: float | None = None
+    pinned_at: float | None = None
+    """Since when an admin keeps it in the engine's memory, whether a route uses it or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,11 @@ class Catalog(Protocol):
         ...
 
     async def active_versions(self) -> Sequence[AdapterVersion]:
-        """Versions that some route uses now: what an engine must hold before it is ready."""
+        """Versions that a route uses now or that are pinned: what an engine must hold before it is ready."""
+        ...
+
+    def is_kept(self, version: str) -> bool:
+        """Whether a version is one of `active_versions`."""
         ...
 
 

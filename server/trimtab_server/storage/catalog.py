@@ -100,10 +100,15 @@ class SqlCatalog:
         return list(self._state.routes.values())
 
     async def active_versions(self) -> Sequence[AdapterVersion]:
-        """Versions that some route uses now."""
+        """Versions that some route uses now, and those that are pinned."""
         state = self._state
         wanted = {weight.version: None for revision in state.routes.values() for weight in revision.steering}
+        wanted |= {version.version: None for version in state.versions.values() if version.pinned_at is not None}
         return [state.version(version) for version in wanted]
+
+    def is_kept(self, version: str) -> bool:
+        """Whether a route uses a version now, or it is pinned."""
+        return self._state.is_kept(version)
 
     async def register(
         self,
@@ -185,7 +190,33 @@ class SqlCatalog:
                 raise ConflictError(
                     f"The version `{version}` is in use by the routes {', '.join(users)}; switch or delete them first"
                 )
-            connection.execute(statement.values(retired_at=self._clock()))
+            connection.execute(statement.values(retired_at=self._clock(), pinned_at=None))
+
+        await self._change(work)
+        return self._state.version(version)
+
+    async def pin_version(self, name: str, version: str) -> AdapterVersion:
+        """Keep a version in the engine's memory. Pinning it twice is harmless.
+
+        Raises:
+            NotFoundError: It does not exist.
+            InvalidRequestError: It is retired.
+        """
+        return await self._set_pinned(name, version, self._clock())
+
+    async def unpin_version(self, name: str, version: str) -> AdapterVersion:
+        """Let the engine give a version's memory to others when no route uses it. Raises `NotFoundError`."""
+        return await self._set_pinned(name, version, None)
+
+    async def _set_pinned(self, name: str, version: str, pinned_at: float | None) -> AdapterVersion:
+        statement = update(adapter_versions).where(adapter_versions.c.version == version)
+
+        def work(connection: Connection, state: CatalogState) -> None:
+            found = state.version_of(name, version)
+            if pinned_at is not None:
+                state.choose(name, version)
+            if (found.pinned_at is None) != (pinned_at is None):
+                connection.execute(statement.values(pinned_at=pinned_at))
 
         await self._change(work)
         return self._state.version(version)

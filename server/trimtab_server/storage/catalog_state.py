@@ -27,10 +27,12 @@ class CatalogState:
     Attributes:
         versions: By version id, oldest first.
         routes: The current revision of each route, by name.
+        on_routes: Ids of the versions that these use.
     """
 
     versions: Mapping[str, AdapterVersion]
     routes: Mapping[str, RouteRevision]
+    on_routes: frozenset[str] = frozenset()
 
     @classmethod
     def empty(cls) -> Self:
@@ -49,6 +51,7 @@ class CatalogState:
         return cls(
             MappingProxyType({version.version: version for version in versions}),
             MappingProxyType({revision.route: revision for revision in revisions}),
+            frozenset(weight.version for revision in revisions for weight in revision.steering),
         )
 
     def route(self, name: str) -> RouteRevision:
@@ -86,6 +89,11 @@ class CatalogState:
     def users_of(self, version: str) -> list[str]:
         """Names of the routes whose current revision uses a version."""
         return [r.route for r in self.routes.values() if any(w.version == version for w in r.steering)]
+
+    def is_kept(self, version: str) -> bool:
+        """Whether a version stays in the engine's memory: a route uses it, or it is pinned."""
+        found = self.versions.get(version)
+        return found is not None and (found.pinned_at is not None or version in self.on_routes)
 
     def resolve(self, steering: SteeringRequest) -> tuple[AdapterWeight, ...]:
         """Pin a steering to exact versions and weights.

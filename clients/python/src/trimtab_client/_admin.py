@@ -68,6 +68,14 @@ class Adapters:
         """Take a route back to its previous revision, or to the one named."""
         return self._caller.send(operations.rollback(route, revision=revision))
 
+    def pin(self, *, name: str, version: str) -> AdapterVersion:
+        """Keep a version in the engine's memory, whether it is used or not."""
+        return self._caller.send(operations.pin_version(name, version))
+
+    def unpin(self, *, name: str, version: str) -> None:
+        """Let the engine give a version's memory to others while no route uses it."""
+        return self._caller.send(operations.unpin_version(name, version))
+
     def retire(self, *, name: str, version: str) -> AdapterVersion:
         """Refuse new requests for a version and free its memory when its last request ends."""
         return self._caller.send(operations.retire_version(name, version))

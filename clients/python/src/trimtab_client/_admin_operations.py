@@ -38,6 +38,17 @@ def retire_version(name: str, version: str) -> Operation[AdapterVersion]:
     return Operation("POST", path, lambda value: decode(AdapterVersion, value))
 
 
+def pin_version(name: str, version: str) -> Operation[AdapterVersion]:
+    """`PUT /admin/adapters/{name}/versions/{version}/pin`."""
+    path = path_of("admin", "adapters", name, "versions", version, "pin")
+    return Operation("PUT", path, lambda value: decode(AdapterVersion, value), {})
+
+
+def unpin_version(name: str, version: str) -> Operation[None]:
+    """`DELETE /admin/adapters/{name}/versions/{version}/pin`."""
+    return Operation("DELETE", path_of("admin", "adapters", name, "versions", version, "pin"), lambda value: None)
+
+
 def list_routes() -> Operation[list[RouteRevision]]:
     """`GET /admin/routes`."""
     return Operation("GET", "/admin/routes", lambda value: decode_list(RouteRevision, value))

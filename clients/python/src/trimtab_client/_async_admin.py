@@ -69,6 +69,14 @@ class AsyncAdapters:
         """Take a route back to its previous revision, or to the one named."""
         return await self._caller.send(operations.rollback(route, revision=revision))
 
+    async def pin(self, *, name: str, version: str) -> AdapterVersion:
+        """Keep a version in the engine's memory, whether it is used or not."""
+        return await self._caller.send(operations.pin_version(name, version))
+
+    async def unpin(self, *, name: str, version: str) -> None:
+        """Let the engine give a version's memory to others while no route uses it."""
+        await self._caller.send(operations.unpin_version(name, version))
+
     async def retire(self, *, name: str, version: str) -> AdapterVersion:
         """Refuse new requests for a version and free its memory when its last request ends."""
         return await self._caller.send(operations.retire_version(name, version))

@@ -16,8 +16,12 @@ class AdapterVersion:
     manifest: dict[str, Any] = field(default_factory=dict)
     created_at: float = 0.0
     retired_at: float | None = None
+    pinned_at: float | None = None
+    """Since when it is kept in the engine's memory, whether it is used or not."""
     routes: list[str] = field(default_factory=list)
     """Routes that use it now."""
+    residency: dict[str, Any] = field(default_factory=dict)
+    """Where it is now: `state` (`resident`, `loading`, `on_disk`), `weight_bytes`, and requests `in_flight`."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
