@@ -2,21 +2,24 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from typing_extensions import override
 
 from trimtab_adapters.attention import ATTENTION_NAME, AttentionKernel, PagedBatch
 from trimtab_adapters.contract.errors import AdapterError, WeightsError
 from trimtab_adapters.dense_ops import DenseOps, TorchOps
 from trimtab_adapters.kv_pool import KvBudget, KvGeometry, KvPool, SequenceCache
 from trimtab_adapters.lean_decoder import LeanDecoder
+from trimtab_adapters.lora_layers import LinearUpdates
 from trimtab_adapters.torch_attention import TorchKernel
 
 logger = logging.getLogger(__name__)
@@ -35,16 +38,46 @@ class Backend:
     dense: DenseOps = field(default_factory=TorchOps)
 
 
-class AdapterLM:
+class PackedLM(Protocol):
+    """What runs packed rows: a LM, or a LoRA on one."""
+
+    device: torch.device
+    config: Any
+    """transformers' configuration of the LM."""
+    geometry: KvGeometry
+    num_logits: int
+    """A, the width of the logits."""
+    max_length: int
+    """Most tokens (prefix included) that its positions allow."""
+    weight_bytes: int
+    """Memory of its own weights; of a LoRA without the LM that it shares."""
+
+    @property
+    def trunk(self) -> "PackedLM":
+        """The LM that runs. Versions with the same one run in one pass."""
+
+    def batch(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> PagedBatch:
+        """The packed pass over rows that were extended by so many new tokens each."""
+
+    def forward(self, batch: PagedBatch, rows: Sequence[int] | None = None) -> Tensor:
+        """Run the packed new tokens of all rows; returns next-token logits of the named rows, `[len(rows), A]`."""
+
+    def free(self) -> None:
+        """Give the weights' memory back now, whoever still refers to the object."""
+
+
+class AdapterLM(PackedLM):
     """A causal LM that computes next-token logits of many rows in one packed pass over the block pool.
 
-    Build it with `load_adapter_lm`. Not safe for concurrent use.
+    Build it with `load_adapter_lm`. Passes of several threads wait for each other: a LoRA is tried in the background on
+    a LM that already serves others, and products may keep state between calls.
     """
 
     def __init__(self, model: Any, device: torch.device, backend: Backend | None = None) -> None:
         backend = backend or Backend()
         self._model: Any = model
         self._lean: LeanDecoder | None = None
+        self._lock = threading.Lock()
         self.device = device
         self.config = config = model.config.get_text_config()
         num_heads = config.num_attention_heads
@@ -61,40 +94,67 @@ class AdapterLM:
         is_supported = backend.attention.supports(self.geometry, device)
         self.kernel = backend.attention if is_supported else TorchKernel()
         """Of versions that share a pool all have the same: it depends on geometry and device alone."""
-        self._dense = backend.dense if backend.dense.supports(model.dtype, device) else TorchOps()
+        self.dense = backend.dense if backend.dense.supports(model.dtype, device) else TorchOps()
         weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
         self.weight_bytes = sum(weights.values())
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        if LeanDecoder.supports(model) and self._dense.copies_weights and embedding is head:
+        if LeanDecoder.supports(model) and self.dense.copies_weights and embedding is head:
             self.weight_bytes += weights[embedding.data_ptr()]
 
+    @property
+    @override
+    def trunk(self) -> "AdapterLM":
+        """The LM itself: what versions with the same one run in one pass."""
+        return self
+
+    @property
+    def lean(self) -> LeanDecoder | None:
+        """Our own layers, None where transformers' modules run."""
+        return self._lean
+
+    @override
     def batch(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> PagedBatch:
-        """The packed pass over rows that were extended by so many new tokens each."""
         return PagedBatch(pool, sequences, num_new, self.kernel)
 
     @torch.inference_mode()
-    def forward(self, batch: PagedBatch, rows: Sequence[int] | None = None) -> Tensor:
+    @override
+    def forward(
+        self,
+        batch: PagedBatch,
+        rows: Sequence[int] | None = None,
+        updates: Callable[[], LinearUpdates] | None = None,
+    ) -> Tensor:
         """Run the packed new tokens of all rows; returns next-token logits of the named rows, `[len(rows), A]`.
 
         The batch's sequences must already be extended; their keys and values are written into its pool.
+
+        Args:
+            batch: The packed rows.
+            rows: Places of the rows whose logits are wanted; None means all.
+            updates: Makes the LoRAs of this pass, while no other pass runs. Only where `lean` is what runs.
         """
         wanted = batch.last_index
         if rows is not None:
             wanted = wanted[torch.as_tensor(rows, dtype=torch.long, device=self.device)]
-        if self._lean is not None:
-            return self._lean.forward(batch, wanted)
-        output = self._model(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            logits_to_keep=wanted,
-            trimtab_batch=batch,
-        )
+        with self._lock:
+            if self._lean is not None:
+                return self._lean.forward(batch, wanted, updates() if updates is not None else None)
+            output = self._model(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=wanted,
+                trimtab_batch=batch,
+            )
         logits: Tensor = output.logits[0]
         return logits
 
+    def between_passes(self) -> threading.Lock:
+        """Held, it keeps passes from beginning."""
+        return self._lock
+
+    @override
     def free(self) -> None:
-        """Give the weights' memory back now, whoever still refers to the model's objects."""
         if self._lean is not None:
             self._lean.free()
         if self._model is not None:
@@ -103,7 +163,7 @@ class AdapterLM:
 
     def use_lean(self) -> None:
         """Run the layers by our own code from now on."""
-        self._lean = LeanDecoder(self._model, self._dense)
+        self._lean = LeanDecoder(self._model, self.dense)
 
     def use_modules(self) -> None:
         """Run transformers' modules with our attention from now on."""
@@ -122,6 +182,7 @@ def load_adapter_lm(
     *,
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
+    change: Callable[[Any], None] | None = None,
 ) -> AdapterLM:
     """Load an adapter LM from a directory and check that it works here before anybody depends on it.
 
@@ -130,11 +191,14 @@ def load_adapter_lm(
         device: Where it will run.
         dtype: Type of weights and cache; the directory's own when None.
         backend: What the engine offers to compute with; plain PyTorch when None.
+        change: Changes the weights of the transformers model before anything else is done with it: merges a LoRA.
 
     Raises:
         AdapterError: Not a causal LM that transformers knows, or an attention that is not supported.
         WeightsError: Missing, misshapen, NaN or infinite weights.
     """
+    if (directory / "adapter_config.json").exists():  # transformers would load what it names, if PEFT is installed
+        raise AdapterError(f"{directory} holds a LoRA as PEFT saves it, which is not an adapter LM by itself")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -150,6 +214,8 @@ def load_adapter_lm(
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as exc:
         raise AdapterError(f"{directory} cannot be loaded as a causal LM: {exc}") from exc
     _check_weights(model, report)
+    if change is not None:
+        change(model)
     model = model.to(device).eval().requires_grad_(False)
     try:
         _refuse_hidden_attention(model.config.get_text_config())
@@ -197,18 +263,18 @@ def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
         AdapterError: Neither gives the logits that the model gives on its own.
     """
     family, dtype = model.config.model_type, adapter.geometry.dtype
-    tolerance = _SELF_TEST_TOLERANCE.get(dtype, 0.3)
+    tolerance = self_test_tolerance(dtype)
     try:
         expected = _expected(adapter, model)
         if LeanDecoder.supports(model):
             adapter.use_lean()
-            error = _largest_error(adapter, expected)
+            error = largest_error(adapter, expected)
             if error <= tolerance:
                 adapter.drop_modules()
                 return
             logger.warning("our layers differ by %.3g nats from those of %s; they are not used", error, family)
         adapter.use_modules()
-        error = _largest_error(adapter, expected)
+        error = largest_error(adapter, expected)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as exc:
         raise AdapterError(f"a {family} model cannot be run as an adapter LM: {exc}") from exc
     if not error <= tolerance:
@@ -218,13 +284,19 @@ def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
         )
 
 
-def _self_test_tokens(adapter: AdapterLM) -> Tensor:
+def self_test_tolerance(dtype: torch.dtype) -> float:
+    """Largest difference of log-probabilities, in nats, that is rounding."""
+    return _SELF_TEST_TOLERANCE.get(dtype, 0.3)
+
+
+def self_test_tokens(adapter: PackedLM) -> Tensor:
+    """Token ids spread over the vocabulary, `[n]`."""
     return torch.arange(min(_SELF_TEST_TOKENS, adapter.max_length)) * 7919 % adapter.num_logits
 
 
 def _expected(adapter: AdapterLM, model: Any) -> Tensor:
     """Log-probabilities of the model's own forward pass after half of the tokens, all but one, and all, `[3, A]`."""
-    ids = _self_test_tokens(adapter)
+    ids = self_test_tokens(adapter)
     logprobs = torch.log_softmax(model(input_ids=ids[None].to(adapter.device)).logits[0].float(), dim=-1)
     return logprobs[[len(ids) // 2 - 1, len(ids) - 2, len(ids) - 1]]
 
@@ -241,9 +313,14 @@ def _refuse_hidden_window(config: Any, windows: set[int | None]) -> None:
         raise AdapterError(f"the sliding window of a {config.model_type} model is in its mask alone: not supported")
 
 
-def _largest_error(adapter: AdapterLM, expected: Tensor) -> float:
-    """Largest difference of log-probabilities when the tokens come in chunks and one by one, beside a second row."""
-    tokens = _self_test_tokens(adapter).tolist()
+def largest_error(adapter: PackedLM, expected: Tensor) -> float:
+    """Largest difference of log-probabilities when the tokens come in chunks and one by one, beside a second row.
+
+    Args:
+        adapter: What is tried.
+        expected: `[3, A]` log-probabilities after half of the test's tokens, all but one, and all.
+    """
+    tokens = self_test_tokens(adapter).tolist()
     length, middle = len(tokens), len(tokens) // 2
     pool = KvPool(adapter.geometry, KvBudget(16 * adapter.geometry.block_bytes), adapter.device, min_blocks=16)
     whole, halves = SequenceCache(root=b"whole"), SequenceCache(root=b"halves")

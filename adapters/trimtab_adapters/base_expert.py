@@ -2,7 +2,7 @@
 
 from typing_extensions import override
 
-from trimtab_adapters.adapter_lm import AdapterLM
+from trimtab_adapters.adapter_lm import PackedLM
 from trimtab_adapters.contract.engine_api import LoadedVersion
 from trimtab_adapters.kv_pool import KvPool
 from trimtab_adapters.residents import Activity, BaseModel, ResidentVersion
@@ -20,7 +20,7 @@ class BaseExpert(ResidentVersion):
         base: Widths of its vocabulary.
     """
 
-    def __init__(self, lm: AdapterLM, pool: KvPool, base: BaseModel) -> None:
+    def __init__(self, lm: PackedLM, pool: KvPool, base: BaseModel) -> None:
         self.version = BASE_EXPERT
         self.adapter = lm
         self.pool = pool

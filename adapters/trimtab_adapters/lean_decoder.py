@@ -5,6 +5,8 @@ matrix products. Here query, key and value are one product, so are the two input
 products is one call each. Other families run through transformers' own modules; whichever it is, an adapter LM is
 compared with its own implementation when it is loaded.
 
+A pass may name `LinearUpdates`, LoRAs that change what the products give, each token's by its own row.
+
 Letters: T new tokens of all rows, E hidden size, H query heads, K key/value heads, D head size, A width of the logits.
 """
 
@@ -16,9 +18,19 @@ from torch import Tensor
 
 from trimtab_adapters.attention import PagedBatch
 from trimtab_adapters.dense_ops import DenseOps, Linear
+from trimtab_adapters.lora_layers import LinearUpdates, Site
 
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 """Classes of transformers whose layers are the ones written here."""
+
+
+SITES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The products of a layer, and transformers' modules that each is made of, in the order of its output's columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,19 @@ class LeanDecoder:
         self._final_norm: Tensor = decoder.norm.weight.detach()
         self._head = _linear(ops, model.lm_head)
         self._layers = [_layer(ops, layer, config) for layer in decoder.layers]
+        self.linears: dict[str, tuple[int, int]] = {}
+        """Widths (out, in) of the linear layers that a LoRA may change, by their names in transformers' model."""
+        self.places: dict[str, tuple[Site, int, int]] = {}
+        """For each of them its product and its columns there, from and to."""
+        for number, layer in enumerate(decoder.layers):
+            for site, modules in SITES.items():
+                begin = 0
+                for module in modules:
+                    name = f"model.layers.{number}.{module}"
+                    width, width_in = layer.get_submodule(module).weight.shape
+                    self.linears[name] = (width, width_in)
+                    self.places[name] = ((number, site), begin, begin + width)
+                    begin += width
 
     @staticmethod
     def supports(model: Any) -> bool:
@@ -68,7 +93,7 @@ class LeanDecoder:
             and all(type(m).__name__ == "Linear" for m in (model.lm_head, model.model.layers[0].self_attn.q_proj))
         )
 
-    def forward(self, batch: PagedBatch, wanted: Tensor) -> Tensor:
+    def forward(self, batch: PagedBatch, wanted: Tensor, updates: LinearUpdates | None = None) -> Tensor:
         """Next-token logits `[len(wanted), A]` at these places of the packed tokens."""
         ops = self._ops
         residual = self._embedding[batch.token_ids]
@@ -77,17 +102,28 @@ class LeanDecoder:
         cos_sin = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
         hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
         for number, layer in enumerate(self._layers):
-            attended = self._attend(layer, number, batch, hidden, cos_sin)
-            hidden, residual = ops.add_rms_norm(layer.output(attended), residual, layer.mlp_norm, self._eps)
-            hidden = layer.down(ops.silu_and_mul(layer.gate_up(hidden)))
+            attended = self._attend(layer, number, batch, hidden, cos_sin, updates)
+            projected = _product(layer.output, attended, updates, number, "output")
+            hidden, residual = ops.add_rms_norm(projected, residual, layer.mlp_norm, self._eps)
+            gated = ops.silu_and_mul(_product(layer.gate_up, hidden, updates, number, "gate_up"))
+            hidden = _product(layer.down, gated, updates, number, "down")
             if number + 1 < len(self._layers):
                 norm = self._layers[number + 1].input_norm
                 hidden, residual = ops.add_rms_norm(hidden, residual, norm, self._eps)
         last = ops.add_rms_norm(hidden[wanted], residual[wanted], self._final_norm, self._eps)[0]
         return self._head(last)
 
-    def _attend(self, layer: _Layer, number: int, batch: PagedBatch, hidden: Tensor, cos_sin: Tensor) -> Tensor:
-        heads = layer.qkv(hidden).view(-1, self._num_heads + 2 * self._num_kv_heads, self._head_dim)
+    def _attend(
+        self,
+        layer: _Layer,
+        number: int,
+        batch: PagedBatch,
+        hidden: Tensor,
+        cos_sin: Tensor,
+        updates: LinearUpdates | None,
+    ) -> Tensor:
+        qkv = _product(layer.qkv, hidden, updates, number, "qkv")
+        heads = qkv.view(-1, self._num_heads + 2 * self._num_kv_heads, self._head_dim)
         sizes = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
         query, key, value = torch.split(heads, sizes, dim=1)
         if layer.head_norms is not None:
@@ -105,6 +141,13 @@ class LeanDecoder:
         self._embedding, self._final_norm, self._head = empty, empty, lambda x: x
 
 
+def _product(linear: Linear, x: Tensor, updates: LinearUpdates | None, layer: int, site: str) -> Tensor:
+    y = linear(x)
+    if updates is not None:
+        updates.add(layer, site, x, y)
+    return y
+
+
 def _layer(ops: DenseOps, layer: Any, config: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
@@ -114,11 +157,11 @@ def _layer(ops: DenseOps, layer: Any, config: Any) -> _Layer:
         window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     return _Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_linear(ops, attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_linear(ops, *(layer.get_submodule(name) for name in SITES["qkv"])),
         head_norms=norms,
         output=_linear(ops, attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_linear(ops, mlp.gate_proj, mlp.up_proj),
+        gate_up=_linear(ops, *(layer.get_submodule(name) for name in SITES["gate_up"])),
         down=_linear(ops, mlp.down_proj),
         sliding_window=window,
     )

@@ -6,15 +6,16 @@ a pointer into a dictionary, between two steps. Retire takes it out; the memory 
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab_adapters.adapter_lm import AdapterLM, Backend, load_adapter_lm
+from trimtab_adapters.adapter_lm import AdapterLM, Backend, PackedLM, load_adapter_lm
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -29,6 +30,8 @@ from trimtab_adapters.contract.errors import (
 from trimtab_adapters.contract.manifest import Manifest, read_manifest
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.kv_pool import BLOCK_SIZE, KvBudget, KvGeometry, KvPool, PoolExhaustedError, SequenceCache
+from trimtab_adapters.packed_rows import PackedRow, PackedRows
+from trimtab_adapters.trunks import Trunks
 from trimtab_adapters.weight_budget import Reservation, WeightBudget, added_bytes
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ class Activity:
 class ResidentVersion:
     """A loaded adapter version with its share of a KV pool."""
 
-    def __init__(self, manifest: Manifest, adapter: AdapterLM, pool: KvPool, base: BaseModel) -> None:
+    def __init__(self, manifest: Manifest, adapter: PackedLM, pool: KvPool, base: BaseModel) -> None:
         self.manifest = manifest
         self.version: VersionId = manifest.version_id
         self.adapter = adapter
@@ -87,114 +90,17 @@ class ResidentVersion:
         max_tokens: int,
         victims: Sequence[SequenceCache] = (),
     ) -> Tensor:
-        """Next-token logits of rows whose caches may be anywhere behind their tokens, `[rows, A]`.
-
-        Each cache is brought to prefix + tokens: what it already holds is kept, what is missing is computed, many rows
-        in one packed pass of at most `max_tokens` tokens. When the pool is full, rows that are done with this step and
-        `victims` (other rows' caches in the same pool) give up theirs and compute them anew at their next step: slow,
-        but right.
+        """`PackedRows.next_token_logits` of rows that this version steers, `[rows, A]`; `max_tokens` in one pass.
 
         Raises:
             PoolExhaustedError: Not even one row alone fits; caches of the rows named may be partly advanced.
         """
-        pending = [self._missing(cache, tokens) for cache, tokens in zip(caches, token_ids, strict=True)]
-        logits: list[Tensor | None] = [None] * len(caches)
-        waiting = list(range(len(caches)))
-        while waiting:
-            packed, counts, finished = self._pack(caches, pending, waiting, max_tokens)
-            if not packed:
-                self._make_room(caches, token_ids, pending, waiting, victims)
-                continue
-            batch = self.adapter.batch(self.pool, [caches[number] for number in packed], counts)
-            done = [place for place, number in enumerate(packed) if number in finished]
-            result = self.adapter.forward(batch, done if len(done) < len(packed) else None)
-            if len(done) == len(caches):
-                return result
-            for place, row_logits in zip(done, result.unbind(0), strict=True):
-                logits[packed[place]] = row_logits
-            waiting = [number for number in waiting if number not in finished]
-        return torch.stack([row for row in logits if row is not None])
 
-    def prefill(self, caches: Sequence[SequenceCache], token_ids: Sequence[list[int]], *, max_tokens: int) -> None:
-        """Bring caches to prefix + tokens ahead of need, as far as there is room; nobody's blocks are taken for it.
+        def run(numbers: Sequence[int], counts: Sequence[int], done: Sequence[int] | None) -> Tensor:
+            return self.adapter.forward(self.adapter.batch(self.pool, [caches[n] for n in numbers], counts), done)
 
-        Raises:
-            Exception: Whatever a forward pass raises; the caches named may then hold garbage.
-        """
-        wanted = [len(self.prefix) + len(tokens) for tokens in token_ids]
-        pending = [
-            self._missing(cache, tokens) if len(cache.tokens) < goal else []
-            for cache, tokens, goal in zip(caches, token_ids, wanted, strict=True)
-        ]
-        waiting = [number for number, missing in enumerate(pending) if missing]
-        while waiting:
-            packed, counts, finished = self._pack(caches, pending, waiting, max_tokens)
-            if not packed:
-                return
-            self.adapter.forward(self.adapter.batch(self.pool, [caches[number] for number in packed], counts), [])
-            waiting = [number for number in waiting if number not in finished]
-
-    def _missing(self, cache: SequenceCache, tokens: list[int]) -> list[int]:
-        """What must be computed to have the logits after prefix + tokens; at least the last token."""
-        num_prefix, num_wanted = len(self.prefix), len(self.prefix) + len(tokens)
-        if len(cache.tokens) >= num_wanted:  # a repeated step: its last token is written again
-            self.pool.truncate(cache, num_wanted - 1)
-        num_cached = len(cache.tokens)
-        if num_cached < num_prefix:
-            return self.prefix[num_cached:] + tokens
-        return tokens[num_cached - num_prefix :]
-
-    def _pack(
-        self, caches: Sequence[SequenceCache], pending: list[list[int]], waiting: Sequence[int], max_tokens: int
-    ) -> tuple[list[int], list[int], set[int]]:
-        """Choose rows and token counts of the next pass and take their blocks, as many as fit."""
-        packed: list[int] = []
-        counts: list[int] = []
-        finished: set[int] = set()
-        room = max_tokens
-        for number in waiting:
-            if room == 0:
-                break
-            cache, missing = caches[number], pending[number]
-            if not cache.tokens:  # here, not earlier: a sibling packed just before names blocks of this very pass
-                del missing[: self.pool.match(cache, missing)]
-            taken = missing[:room]
-            try:
-                self.pool.extend(cache, taken)
-            except PoolExhaustedError:
-                break
-            del missing[: len(taken)]
-            room -= len(taken)
-            packed.append(number)
-            counts.append(len(taken))
-            if not missing:
-                finished.add(number)
-        return packed, counts, finished
-
-    def _make_room(
-        self,
-        caches: Sequence[SequenceCache],
-        token_ids: Sequence[list[int]],
-        pending: list[list[int]],
-        waiting: Sequence[int],
-        victims: Sequence[SequenceCache],
-    ) -> None:
-        """Take all blocks of one cache that is not needed for the first waiting row."""
-        done = [number for number in range(len(caches)) if number not in waiting]
-        for cache in (*victims, *(caches[number] for number in done)):
-            if cache.blocks:
-                self.pool.truncate(cache, 0)
-                return
-        for number in reversed(waiting[1:]):
-            if caches[number].blocks:
-                self.pool.truncate(caches[number], 0)
-                pending[number] = self.prefix + token_ids[number]
-                return
-        raise PoolExhaustedError(
-            f"a row of {len(self.prefix) + len(token_ids[waiting[0]])} tokens does not fit into the adapter KV budget "
-            f"of {self.pool.budget.total_bytes} bytes",
-            place=waiting[0],
-        )
+        rows = [PackedRow(cache, self.prefix, ids) for cache, ids in zip(caches, token_ids, strict=True)]
+        return PackedRows(self.pool, rows, run, max_tokens).next_token_logits(victims)
 
     def describe(self, state: str = "committed") -> LoadedVersion:
         """For status reports."""
@@ -250,8 +156,9 @@ class Residents:
         self.backend = backend
         self.budget = KvBudget(kv_bytes)
         self.weights = WeightBudget(weight_bytes)
+        self._trunks = Trunks(self._load_lm, self.weights, dtype)
         self.committed: dict[VersionId, ResidentVersion] = {}
-        self._loading: dict[VersionId, tuple[Reservation, Future[tuple[Manifest, AdapterLM]]]] = {}
+        self._loading: dict[VersionId, tuple[Reservation, Future[tuple[Manifest, PackedLM]]]] = {}
         self._prepared: dict[VersionId, ResidentVersion] = {}
         self._retiring: dict[VersionId, ResidentVersion] = {}
         self._failed: dict[VersionId, LoadedVersion] = {}
@@ -265,15 +172,18 @@ class Residents:
             self._prepared[version] = self._retiring.pop(version)
             return
         self._failed.pop(version, None)
-        reservation, future = self.weights.reserve(), Future[tuple[Manifest, AdapterLM]]()
+        reservation, future = self.weights.reserve(), Future[tuple[Manifest, PackedLM]]()
         self._loading[version] = (reservation, future)
         thread = threading.Thread(
             target=self._load, args=(version, Path(path), reservation, future), name=f"load-{version}", daemon=True
         )
         thread.start()
 
+    def _load_lm(self, directory: Path, *, change: Callable[[Any], None] | None = None) -> AdapterLM:
+        return load_adapter_lm(directory, self.device, dtype=self.dtype, backend=self.backend, change=change)
+
     def _load(
-        self, version: VersionId, path: Path, reservation: Reservation, future: Future[tuple[Manifest, AdapterLM]]
+        self, version: VersionId, path: Path, reservation: Reservation, future: Future[tuple[Manifest, PackedLM]]
     ) -> None:
         try:
             manifest = read_manifest(path)
@@ -281,7 +191,7 @@ class Residents:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
             reservation.resize(added_bytes(manifest, path, self.dtype))
-            adapter = load_adapter_lm(path, self.device, dtype=self.dtype, backend=self.backend)
+            adapter = self._load_lm(path) if manifest.lora is None else self._trunks.load(manifest, path)
             try:
                 check_fit(manifest, adapter, self.base)
                 reservation.resize(adapter.weight_bytes)
@@ -320,7 +230,11 @@ class Residents:
         reservation, future = self._loading.pop(version)
         try:
             manifest, adapter = future.result()
-            resident = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+            try:
+                resident = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+            except Exception:
+                adapter.free()  # of a LoRA the LM that it shares, too
+                raise
             resident.reservation = reservation
             self._prepared[version] = resident
             return
@@ -395,7 +309,8 @@ class Residents:
 
     def weight_status(self) -> WeightStatus:
         """Memory of the weights of all versions together."""
-        return WeightStatus(budget_bytes=self.weights.total_bytes, used_bytes=self.weights.used_bytes)
+        used = self.weights.used_bytes + self._trunks.stack_bytes
+        return WeightStatus(budget_bytes=self.weights.total_bytes, used_bytes=used)
 
     def cache_status(self) -> CacheStatus:
         """The KV cache of all pools together."""
@@ -413,7 +328,7 @@ class Residents:
         )
 
 
-def _drop(reservation: Reservation, future: Future[tuple[Manifest, AdapterLM]]) -> None:
+def _drop(reservation: Reservation, future: Future[tuple[Manifest, PackedLM]]) -> None:
     """Throw away what nobody wants any more, in the thread that has just loaded it."""
     if future.exception() is None:
         future.result()[1].free()
@@ -437,7 +352,7 @@ def check_vocabulary(manifest: Manifest, base: BaseModel) -> None:
         )
 
 
-def check_fit(manifest: Manifest, adapter: AdapterLM, base: BaseModel) -> None:
+def check_fit(manifest: Manifest, adapter: PackedLM, base: BaseModel) -> None:
     """Refuse an adapter that cannot follow the base to the end of its context.
 
     Raises:

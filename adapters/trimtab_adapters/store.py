@@ -1,7 +1,6 @@
 """The store of adapter versions: one immutable, content-addressed directory per version."""
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -15,8 +14,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trimtab_adapters.contract.errors import IntegrityError, ManifestError, NotFoundError, StorageError
-from trimtab_adapters.contract.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
+from trimtab_adapters.contract.errors import IntegrityError, ManifestError, NotFoundError, StorageError, VocabularyError
+from trimtab_adapters.contract.lora import read_lora_config
+from trimtab_adapters.contract.manifest import (
+    LORA_CONFIG_FILE,
+    LORA_FILES,
+    MANIFEST_FILE,
+    FileEntry,
+    LoraEntry,
+    Manifest,
+    read_manifest,
+    read_vocabulary,
+    trunk_fingerprint,
+    vocabulary_fingerprint,
+)
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.version_directory import (
     check_configuration,
@@ -25,12 +36,13 @@ from trimtab_adapters.version_directory import (
     check_weights,
     list_files,
     select_files,
+    select_lora_files,
 )
+from trimtab_adapters.version_files import check_entry, copy_file, hash_file, link_file
 
 _INCOMING = ".incoming-"
 _REMOVED = ".removed-"
 _ABANDONED_S = 3600.0
-_CHUNK_BYTES = 1 << 20
 _VERSION_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -51,6 +63,7 @@ class VersionStore:
         source: Path,
         *,
         name: str,
+        trunk: Path | None = None,
         prefix_token_ids: Sequence[int] | None = None,
         default_alpha: float | None = None,
         training: Mapping[str, Any] | None = None,
@@ -60,9 +73,12 @@ class VersionStore:
 
         Args:
             source: A version directory with `manifest.json`, or any causal-LM directory with safetensors weights, for
-                which a manifest is made (with an empty `created_at`, so that the id depends on the content alone).
+                which a manifest is made (with an empty `created_at`, so that the id depends on the content alone). With
+                a trunk, a LoRA as PEFT saves it.
             name: Name of the adapter. Where it, or any argument below, differs from what the directory's manifest
                 says, the stored version says what was asked, and so has another id.
+            trunk: The LM that the LoRA was trained on: a version directory or any causal-LM directory. Its files
+                become part of the version, as links to those of another version where the store has them already.
             prefix_token_ids: What the adapter sees before prompt and output.
             default_alpha: Weight where a request names none.
             training: How it was trained.
@@ -76,10 +92,15 @@ class VersionStore:
             AdapterError: The directory is refused; nothing is stored.
             StorageError: It could not be written.
         """
-        files = list_files(source)
-        stated = read_manifest(source) if MANIFEST_FILE in files else None
-        names = _listed(stated, files) if stated is not None else select_files(files)
-        changes = {
+        files, stated = _described(source)
+        model_stated = stated
+        if trunk is not None:
+            trunk_files, model_stated = _described(trunk)
+            sources = select_lora_files(files, trunk_files, model_stated)
+        else:
+            names = _listed(stated, files) if stated is not None else select_files(files)
+            sources = {name: files[name] for name in names}
+        changes: dict[str, Any] = {
             "name": name,
             **({} if prefix_token_ids is None else {"prefix_token_ids": list(prefix_token_ids)}),
             **({} if default_alpha is None else {"default_alpha": default_alpha}),
@@ -88,12 +109,17 @@ class VersionStore:
         try:
             with self._incoming() as directory:
                 # Small files first: most refusals come before gigabytes are copied.
-                small = [n for n in names if not n.endswith(".safetensors")]
-                entries = _copy(files, small, directory, stated)
+                small = [n for n in sources if not n.endswith(".safetensors")]
+                entries = self._copy(sources, small, directory, model_stated)
                 check_configuration(directory, small)
-                vocabulary = check_vocabulary(directory, small, stated, expected_vocabulary)
-                entries |= _copy(files, [n for n in names if n not in small], directory, stated)
-                check_weights(directory, names)
+                vocabulary = check_vocabulary(directory, small, model_stated, expected_vocabulary)
+                if trunk is not None:
+                    _check_lora_vocabulary(source, files, vocabulary)
+                large = [n for n in sources if n not in small]
+                entries |= self._copy(sources, large, directory, model_stated, is_shared=sources.keys() >= LORA_FILES)
+                check_weights(directory, sources)
+                if trunk is not None:
+                    changes["lora"] = _lora_entry(directory, entries)
                 manifest = _manifest(stated, entries, vocabulary, changes)
                 _write_manifest(directory, manifest)
                 return manifest, self._publish(directory, manifest)
@@ -113,7 +139,7 @@ class VersionStore:
         if manifest.version_id != version_id:
             raise ManifestError(f"{path} holds the version {manifest.version_id}; restore it from a copy")
         for name, entry in manifest.files.items():
-            _check_entry(name, entry, _hash_file(path / name))
+            check_entry(name, entry, hash_file(path / name))
         return manifest, path
 
     def remove(self, version_id: VersionId) -> None:
@@ -133,6 +159,31 @@ class VersionStore:
         if not _VERSION_ID.fullmatch(version_id) or not path.is_dir():
             raise NotFoundError(f"the version store holds no version `{version_id}`", code="version_not_found")
         return path
+
+    def _copy(
+        self,
+        sources: Mapping[str, Path],
+        names: Sequence[str],
+        directory: Path,
+        stated: Manifest | None,
+        *,
+        is_shared: bool = False,
+    ) -> dict[str, FileEntry]:
+        """Copy files, flushed; returns their hashes, which must be those that the manifest states.
+
+        Shared files are linked where a version in the store has them; what belongs to a LoRA alone is always copied.
+        """
+        entries = {}
+        for name in names:
+            target = directory / name
+            if is_shared and name not in LORA_FILES:
+                versions = (path for path in self.root.iterdir() if _VERSION_ID.fullmatch(path.name))
+                entries[name] = link_file(sources[name], target, versions)
+            else:
+                entries[name] = copy_file(sources[name], target)
+            if stated is not None and name in stated.files:
+                check_entry(name, stated.files[name], entries[name])
+        return entries
 
     @contextmanager
     def _incoming(self) -> Iterator[Path]:
@@ -186,53 +237,24 @@ def _listed(manifest: Manifest, files: Mapping[str, Path]) -> list[str]:
     return sorted(manifest.files)
 
 
-def _copy(
-    files: Mapping[str, Path], names: Sequence[str], directory: Path, stated: Manifest | None
-) -> dict[str, FileEntry]:
-    """Copy files, flushed; returns their hashes, which must be those that the manifest states."""
-    entries = {}
-    for name in names:
-        entries[name] = _copy_file(files[name], directory / name)
-        if stated is not None:
-            _check_entry(name, stated.files[name], entries[name])
-    return entries
+def _described(directory: Path) -> tuple[dict[str, Path], Manifest | None]:
+    """The files of a directory, and its manifest if it has one."""
+    files = list_files(directory)
+    return files, read_manifest(directory) if MANIFEST_FILE in files else None
 
 
-def _copy_file(source: Path, target: Path) -> FileEntry:
-    digest, size_bytes = hashlib.sha256(), 0
-    try:
-        reader = source.open("rb")
-    except OSError as exc:
-        raise IntegrityError(f"{source.name} cannot be read: {exc.strerror}") from exc
-    with reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size_bytes += len(chunk)
-            writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
-    target.chmod(0o444)
-    return FileEntry(sha256=digest.hexdigest(), size_bytes=size_bytes)
-
-
-def _hash_file(path: Path) -> FileEntry:
-    try:
-        with path.open("rb") as file:
-            return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
-    except OSError as exc:
-        raise IntegrityError(f"{path.name} cannot be read: {exc.strerror}; register the version again") from exc
-
-
-def _check_entry(name: str, stated: FileEntry, found: FileEntry) -> None:
-    if stated.size_bytes != found.size_bytes:
-        raise IntegrityError(
-            f"{name} has {found.size_bytes} bytes, the manifest says {stated.size_bytes}; copy the version again"
+def _check_lora_vocabulary(source: Path, files: Mapping[str, Path], vocabulary: tuple[str, int]) -> None:
+    """Raises `VocabularyError` when the tokenizer that was saved with a LoRA is not its trunk's."""
+    if "tokenizer.json" in files and vocabulary_fingerprint(found := read_vocabulary(source)) != vocabulary[0]:
+        raise VocabularyError(
+            f"the tokenizer saved with the LoRA ({len(found)} tokens) is not the trunk's ({vocabulary[1]} tokens); "
+            "tokens that were added in training have embeddings that a LoRA does not hold"
         )
-    if stated.sha256 != found.sha256:
-        raise IntegrityError(
-            f"{name} has the SHA-256 {found.sha256[:12]}..., the manifest says {stated.sha256[:12]}...; it was changed "
-            "or damaged after it was published"
-        )
+
+
+def _lora_entry(directory: Path, entries: Mapping[str, FileEntry]) -> LoraEntry:
+    config = read_lora_config(directory / LORA_CONFIG_FILE)
+    return LoraEntry(trunk_sha256=trunk_fingerprint(entries), r=config.r, lora_alpha=config.lora_alpha)
 
 
 def _manifest(

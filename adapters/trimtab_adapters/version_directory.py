@@ -16,7 +16,16 @@ from trimtab_adapters.contract.errors import (
     VocabularyError,
     WeightsError,
 )
-from trimtab_adapters.contract.manifest import MANIFEST_FILE, Manifest, read_vocabulary, vocabulary_fingerprint
+from trimtab_adapters.contract.lora import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, read_lora_config
+from trimtab_adapters.contract.manifest import (
+    LORA_CONFIG_FILE,
+    LORA_FILES,
+    LORA_WEIGHTS_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    read_vocabulary,
+    vocabulary_fingerprint,
+)
 from trimtab_adapters.weights_file import check_weights_file
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -78,10 +87,10 @@ def select_files(files: dict[str, Path]) -> list[str]:
         IntegrityError: Configuration or weights are missing.
         ManifestError: It holds a LoRA, which would be left out silently.
     """
-    if "adapter_config.json" in files:
+    if PEFT_CONFIG_FILE in files or files.keys() & LORA_FILES:
         raise ManifestError(
-            "adapter_config.json: this is a LoRA, not a whole model; merge it into its base (PEFT's "
-            "`merge_and_unload`), save that and register it"
+            f"{PEFT_CONFIG_FILE}: this is a LoRA, not a whole model. Register it with the directory of the LM that it "
+            "was trained on as its trunk (`trimtab adapters add NAME LORA --trunk LM`); a trunk is a whole model itself"
         )
     names = [n for n in files if n in COPIED_NAMES or n.endswith((".safetensors", INDEX_SUFFIX))]
     if "config.json" not in files:
@@ -89,6 +98,31 @@ def select_files(files: dict[str, Path]) -> list[str]:
     if not any(name.endswith(".safetensors") for name in names):
         raise IntegrityError("there is no *.safetensors file; save the adapter LM with transformers' `save_pretrained`")
     return sorted(names)
+
+
+def select_lora_files(
+    files: dict[str, Path], trunk: dict[str, Path], trunk_manifest: Manifest | None
+) -> dict[str, Path]:
+    """What makes a version out of a PEFT directory and its trunk's: source files by their names in the version.
+
+    Raises:
+        IntegrityError: Configuration or weights are missing.
+        ManifestError: The one is not a LoRA as PEFT saves it, or the other not a whole model.
+    """
+    if MANIFEST_FILE in files:
+        raise ManifestError(f"{MANIFEST_FILE}: this is a version directory, which has its trunk in it or needs none")
+    for name in (PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE):
+        if name not in files:
+            raise IntegrityError(f"{name} is missing; a trunk goes with a LoRA as PEFT's `save_pretrained` leaves it")
+    if trunk_manifest is not None:
+        if trunk_manifest.lora is not None:
+            raise ManifestError("the trunk is a LoRA itself; name the directory of the LM that both were trained on")
+        trunk = {name: path for name, path in trunk.items() if name in trunk_manifest.files}
+    names = select_files(trunk)
+    return {name: trunk[name] for name in names if name not in LORA_FILES} | {
+        LORA_CONFIG_FILE: files[PEFT_CONFIG_FILE],
+        LORA_WEIGHTS_FILE: files[PEFT_WEIGHTS_FILE],
+    }
 
 
 def check_listed_names(manifest: Manifest) -> None:
@@ -100,16 +134,22 @@ def check_listed_names(manifest: Manifest) -> None:
         if suffix not in LISTED_SUFFIXES:
             allowed = ", ".join(sorted(LISTED_SUFFIXES))
             raise UnsafeFileError(f"{MANIFEST_FILE} lists {name}; a version may only hold files ending in {allowed}")
+    if PEFT_CONFIG_FILE in manifest.files:
+        raise UnsafeFileError(f"{MANIFEST_FILE} lists {PEFT_CONFIG_FILE}, which makes transformers load another model")
+    if manifest.lora is None and (found := sorted(LORA_FILES & manifest.files.keys())):
+        raise ManifestError(f"{MANIFEST_FILE} lists {', '.join(found)} but says nothing of a LoRA")
 
 
 def check_configuration(directory: Path, names: Iterable[str]) -> None:
-    """Check the configuration files of a causal LM.
+    """Check the configuration files of a causal LM, and of a LoRA on it.
 
     Raises:
         UnsafeFileError: One asks for code from the model's directory or hub.
-        ManifestError: `config.json` is not JSON, or not of a causal LM.
+        ManifestError: `config.json` is not JSON, or not of a causal LM; the LoRA is of a kind that is not supported.
     """
     present = set(names)
+    if LORA_CONFIG_FILE in present:
+        read_lora_config(directory / LORA_CONFIG_FILE)
     for name in _CONFIG_FILES:
         if name in present:
             config = _read_json(directory / name)

@@ -6,11 +6,13 @@ retire something first: the engine refuses, it never chooses. See `docs/decision
 """
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from trimtab_adapters.contract.errors import AdapterMemoryFullError, AdapterTooLargeError
+from trimtab_adapters.contract.lora import PEFT_WEIGHTS_FILE
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.weights_file import tensor_bytes
 
@@ -79,13 +81,24 @@ class WeightBudget:
 
 
 def added_bytes(manifest: Manifest, directory: Path, dtype: torch.dtype | None) -> int:
-    """Bytes that loading a version would add, as far as the headers of its files tell.
+    """Bytes that a version adds by itself, as far as the headers of its files tell; of a LoRA without its trunk.
 
     A missing file counts as nothing: loading says better what is wrong.
 
     Raises:
         WeightsError: A file is not in the safetensors format.
     """
-    files = [directory / name for name in manifest.files if name.endswith(".safetensors")]
+    names = [name for name in manifest.files if name.endswith(".safetensors")]
+    if manifest.lora is not None:
+        names = [PEFT_WEIGHTS_FILE]
+    return _bytes([directory / name for name in names], dtype)
+
+
+def trunk_bytes(directory: Path, dtype: torch.dtype | None) -> int:
+    """Bytes of the LM under the LoRA of a version directory, as `added_bytes` counts them."""
+    return _bytes([path for path in directory.glob("*.safetensors") if path.name != PEFT_WEIGHTS_FILE], dtype)
+
+
+def _bytes(files: Sequence[Path], dtype: torch.dtype | None) -> int:
     itemsize = dtype.itemsize if dtype is not None else None
     return sum(tensor_bytes(path, itemsize) for path in files if path.is_file())

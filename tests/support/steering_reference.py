@@ -1,5 +1,6 @@
 """The plain loop that steering is compared with, and short ways to set a core up."""
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from trimtab_adapters.contract.engine_api import LoadedVersion
 from trimtab_adapters.contract.manifest import read_manifest, read_vocabulary, vocabulary_fingerprint
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
 from trimtab_adapters.residents import BaseModel, Residents
@@ -39,10 +41,24 @@ def load(residents: Residents, directory: Path) -> str:
     """Prepare, wait and commit; returns the version id."""
     version = read_manifest(directory).version_id
     residents.prepare(version, str(directory))
-    while residents.poll(version).state == "loading":
-        time.sleep(0.002)  # a loop without it starves the loading thread of the interpreter
+    wait(residents, version)
     residents.commit(version)
     return version
+
+
+def wait(residents: Residents, version: str) -> LoadedVersion:
+    """Until a version is no longer loading; returns its state."""
+    while (status := residents.poll(version)).state == "loading":
+        time.sleep(0.002)  # a loop without it starves the loading thread of the interpreter
+    return status
+
+
+def live_bytes() -> int:
+    """Memory of all tensors that anybody holds."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def base_description(directory: Path, max_model_len: int = 256) -> BaseModel:

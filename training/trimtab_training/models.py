@@ -124,6 +124,8 @@ def load_adapter_start(
         VocabularyError: It was made for another tokenizer, or nothing says for which.
     """
     manifest = read_manifest(directory) if (directory / MANIFEST_FILE).exists() else None
+    if manifest is not None and manifest.lora is not None:
+        raise ManifestError(f"{directory} is a LoRA, which training cannot start from; merge it into its trunk first")
     fingerprint = manifest.vocabulary_sha256 if manifest else vocabulary_fingerprint(read_vocabulary(directory))
     if fingerprint != vocabulary.sha256:
         raise VocabularyError(f"{directory} has another tokenizer than the base model; the token ids must be the same")

@@ -2,6 +2,9 @@
 
 A version directory holds `manifest.json`, `config.json`, safetensors weights and, recommended, `tokenizer.json`.
 It is immutable: its id is the hash of its manifest, and the manifest holds the hash of every other file.
+
+A LoRA is a version too. Its directory holds all files of the LM that it acts on, the *trunk*, and the LoRA's own two
+beside them. They do not have PEFT's names, by which transformers would load something else than the trunk from it.
 """
 
 import hashlib
@@ -10,13 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from trimtab_adapters.contract.errors import ManifestError, VocabularyError
 from trimtab_adapters.contract.params import AdapterName, Alpha, VersionId
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
+LORA_CONFIG_FILE = "lora_config.json"
+"""PEFT's `adapter_config.json` in a version directory."""
+LORA_WEIGHTS_FILE = "lora.safetensors"
+"""PEFT's `adapter_model.safetensors` in a version directory."""
+LORA_FILES = frozenset({LORA_CONFIG_FILE, LORA_WEIGHTS_FILE})
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -28,6 +45,19 @@ class FileEntry(BaseModel):
 
     sha256: Sha256
     size_bytes: int = Field(ge=0)
+
+
+class LoraEntry(BaseModel):
+    """That a version is a LoRA, and on what."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trunk_sha256: Sha256
+    """`trunk_fingerprint` of the directory's other files. Versions with the same one share the trunk's weights."""
+    r: int = Field(gt=0)
+    """PEFT's `r`; `rank_pattern` may say otherwise for single layers."""
+    lora_alpha: float = Field(allow_inf_nan=False)
+    """PEFT's `lora_alpha`. Not the alpha of a steering."""
 
 
 class Manifest(BaseModel):
@@ -54,6 +84,8 @@ class Manifest(BaseModel):
     calibrator: str | None = None
     evaluation: dict[str, Any] = Field(default_factory=dict)
     """Figures measured at the end of training."""
+    lora: LoraEntry | None = None
+    """Set for a LoRA. Left out of the JSON otherwise, so that versions from before it was known keep their ids."""
     files: dict[str, FileEntry]
     """Every other file of the directory, by its name."""
 
@@ -65,7 +97,7 @@ class Manifest(BaseModel):
                 raise ValueError(f"{name!r} is not a plain file name inside the version directory")
         if "config.json" not in files:
             raise ValueError("config.json is not listed")
-        if not any(name.endswith(".safetensors") for name in files):
+        if not any(name.endswith(".safetensors") for name in files if name not in LORA_FILES):
             raise ValueError("no safetensors file is listed")
         return files
 
@@ -73,6 +105,22 @@ class Manifest(BaseModel):
     def weight_file_bytes(self) -> int:
         """Size of the weights on disk: about what they take in memory, unless the engine changes their type."""
         return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(".safetensors"))
+
+    @model_validator(mode="after")
+    def _complete_lora(self) -> "Manifest":
+        if self.lora is not None:
+            if missing := sorted(LORA_FILES - set(self.files)):
+                raise ValueError(f"a LoRA without {', '.join(missing)}")
+            if self.lora.trunk_sha256 != trunk_fingerprint(self.files):
+                raise ValueError("lora.trunk_sha256 is not that of the files listed")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_lora(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if fields.get("lora") is None:
+            fields.pop("lora", None)
+        return fields
 
     def canonical_json(self) -> bytes:
         """The bytes that the version id is the hash of."""
@@ -87,6 +135,17 @@ class Manifest(BaseModel):
     def version_id(self) -> VersionId:
         """The version's identity: the first 16 hex digits of `digest`."""
         return self.digest[:16]
+
+
+def trunk_fingerprint(files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 over the names and hashes of what decides a LM's logits: configuration, weights and their index."""
+    rows = sorted(
+        (name, entry.sha256)
+        for name, entry in files.items()
+        if name not in LORA_FILES
+        and (name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")))
+    )
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:

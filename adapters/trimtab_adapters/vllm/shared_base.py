@@ -21,15 +21,15 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from trimtab_adapters.adapter_lm import AdapterLM, Backend
+from trimtab_adapters.adapter_lm import Backend, PackedLM
 from trimtab_adapters.attention import PagedBatch
 from trimtab_adapters.contract.errors import AdapterError
-from trimtab_adapters.kv_pool import KvGeometry
+from trimtab_adapters.kv_pool import KvGeometry, KvPool, SequenceCache
 from trimtab_adapters.torch_attention import TorchKernel
 from trimtab_adapters.vllm.engine_config import backend_for
 
 
-class SharedBaseLM(AdapterLM):
+class SharedBaseLM(PackedLM):
     """The base model behind the interface of an adapter LM. Build it with `share_base`."""
 
     def __init__(
@@ -39,6 +39,7 @@ class SharedBaseLM(AdapterLM):
         self._model: Any = model
         self._layers = list(layers)
         self._vllm_config = config
+        self.config = config.model_config.hf_text_config
         self.device = device
         self.num_logits = config.model_config.get_vocab_size()
         self.max_length = config.model_config.max_model_len
@@ -51,6 +52,15 @@ class SharedBaseLM(AdapterLM):
         is_supported = backend.attention.supports(self.geometry, device)
         self.kernel = backend.attention if is_supported else TorchKernel()
         self.weight_bytes = 0
+
+    @property
+    @override
+    def trunk(self) -> PackedLM:
+        return self
+
+    @override
+    def batch(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> PagedBatch:
+        return PagedBatch(pool, sequences, num_new, self.kernel)
 
     @override
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 
-from trimtab_adapters.adapter_lm import AdapterLM
+from trimtab_adapters.adapter_lm import PackedLM
 from trimtab_adapters.base_expert import BaseExpert
 from trimtab_adapters.contract.errors import AdapterError, InvalidRequestError
 from trimtab_adapters.contract.params import FAILED_LOGPROB, SteeringParams
@@ -48,7 +48,7 @@ class SteeringShell:
     def __init__(self, residents: Residents) -> None:
         self.boot_id = uuid.uuid4().hex
         self.residents = residents
-        self.base_lm: AdapterLM | AdapterError = AdapterError(NOT_ATTACHED)
+        self.base_lm: PackedLM | AdapterError = AdapterError(NOT_ATTACHED)
         self.is_trial_over = False
         self._base_expert: BaseExpert | None = None
         self.core = SteeringCore(

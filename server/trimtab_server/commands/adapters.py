@@ -24,7 +24,8 @@ _COLUMNS = {
 
 def add(
     name: Annotated[str, typer.Argument(help="Name of the adapter.")],
-    directory: Annotated[Path, typer.Argument(help="Directory of a causal LM; the gateway reads it.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a causal LM, or of a LoRA; the gateway reads it.")],
+    trunk: Annotated[Path | None, typer.Option(help="Directory of the LM that the LoRA was trained on.")] = None,
     prefix_token_ids: Annotated[
         str | None, typer.Option(help="Token ids that the adapter sees first, with commas between.")
     ] = None,
@@ -34,8 +35,10 @@ def add(
     admin_key: AdminKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register an adapter version from a directory."""
+    """Register an adapter version: a causal LM, or a PEFT LoRA with the LM under it as `--trunk`."""
     body: dict[str, Any] = {"name": name, "path": str(directory.expanduser().absolute())}
+    if trunk is not None:
+        body["trunk"] = str(trunk.expanduser().absolute())
     if prefix_token_ids is not None:
         body["prefix_token_ids"] = _token_ids(prefix_token_ids)
     if alpha is not None:

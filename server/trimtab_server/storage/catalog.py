@@ -115,12 +115,15 @@ class SqlCatalog:
         source: Path,
         *,
         name: str,
+        trunk: Path | None = None,
         prefix_token_ids: Sequence[int] | None = None,
         default_alpha: float | None = None,
         expected_vocabulary: tuple[str, int] | None = None,
         validate: Validate | None = None,
     ) -> AdapterVersion:
         """Copy a directory into the store, have it validated, and add it. The same content is the same version again.
+
+        With a `trunk` the directory is a LoRA as PEFT saves it, and the trunk that of the LM that it was trained on.
 
         Raises:
             AdapterError: It is refused; nothing has changed.
@@ -132,6 +135,7 @@ class SqlCatalog:
             return self._store.add(
                 source,
                 name=name,
+                trunk=trunk,
                 prefix_token_ids=prefix_token_ids,
                 default_alpha=default_alpha,
                 expected_vocabulary=expected_vocabulary,

@@ -1,6 +1,4 @@
-import gc
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steering_reference import VOCAB_SIZE, base_description, load, params
+from steering_reference import VOCAB_SIZE, base_description, live_bytes, load, params, wait
 from tiny_models import TinyModels, write_llama, write_manifest, write_tokenizer
 from trimtab_adapters.adapter_lm import load_adapter_lm
 from trimtab_adapters.contract.errors import AdapterError, ConflictError, NotFoundError
@@ -16,20 +14,6 @@ from trimtab_adapters.residents import Residents
 from trimtab_adapters.steering import SteeringCore
 
 CPU = torch.device("cpu")
-
-
-def live_bytes() -> int:
-    """Memory of all tensors that anybody holds."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def wait(residents: Residents, version: str) -> Any:
-    while (status := residents.poll(version)).state == "loading":
-        time.sleep(0.002)  # a loop without it starves the loading thread of the interpreter
-    return status
 
 
 def test_a_prepared_version_is_not_used_until_it_is_committed(residents: Residents, tiny_models: TinyModels) -> None:

@@ -34,6 +34,7 @@ class Adapters:
         *,
         name: str,
         path: str,
+        trunk: str | None = None,
         prefix_token_ids: Sequence[int] | None = None,
         default_alpha: float | None = None,
         route: str | None = None,
@@ -43,14 +44,16 @@ class Adapters:
 
         Args:
             name: Name of the adapter.
-            path: A version directory, or any causal-LM directory with safetensors weights.
+            path: A version directory, or any causal-LM directory with safetensors weights. With `trunk`, a LoRA as PEFT
+                saves it.
+            trunk: Directory of the LM that the LoRA was trained on.
             prefix_token_ids: What the adapter sees before prompt and output.
             default_alpha: Weight where a request names none.
             route: Also activate it on this route.
             alpha: Its weight there.
         """
         ids = None if prefix_token_ids is None else list(prefix_token_ids)
-        optional = given(prefix_token_ids=ids, default_alpha=default_alpha, route=route, alpha=alpha)
+        optional = given(trunk=trunk, prefix_token_ids=ids, default_alpha=default_alpha, route=route, alpha=alpha)
         return self._caller.send(operations.add_adapter({"name": name, "path": path, **optional}))
 
     def get(self, name: str) -> list[AdapterVersion]:

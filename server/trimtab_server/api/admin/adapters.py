@@ -33,6 +33,8 @@ class AddAdapter(Body):
     name: AdapterName
     path: str = Field(min_length=1, max_length=4096)
     """Absolute path of a directory that the gateway can read."""
+    trunk: str | None = Field(default=None, min_length=1, max_length=4096)
+    """The same of the LM that `path` is a LoRA on."""
     prefix_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(default=None, max_length=4096)
     default_alpha: Alpha | None = None
     route: AdapterName | None = None
@@ -79,8 +81,9 @@ def build_adapters_router(
         if body.route is not None:
             catalog.check_route_name(body.route)
         version = await catalog.register(
-            _allowed_path(body.path, adapter_roots),
+            _allowed_path(body.path, adapter_roots, "path"),
             name=body.name,
+            trunk=None if body.trunk is None else _allowed_path(body.trunk, adapter_roots, "trunk"),
             prefix_token_ids=body.prefix_token_ids,
             default_alpha=body.default_alpha,
             expected_vocabulary=await base_vocabulary(),
@@ -143,14 +146,14 @@ def version_object(version: AdapterVersion, routes: Sequence[str], residency: Ve
     }
 
 
-def _allowed_path(text: str, roots: Sequence[Path] | None) -> Path:
+def _allowed_path(text: str, roots: Sequence[Path] | None, param: str) -> Path:
     path = Path(text)
     if "\x00" in text or not path.is_absolute():
-        raise InvalidRequestError("`path` must be an absolute path on the gateway's machine", param="path")
+        raise InvalidRequestError(f"`{param}` must be an absolute path on the gateway's machine", param=param)
     resolved = path.resolve()
     if roots is not None and not any(resolved.is_relative_to(root.resolve()) for root in roots):
         allowed = ", ".join(str(root) for root in roots) or "none"
         raise PermissionDeniedError(
-            f"adapters may only be registered from the configured adapter roots ({allowed})", param="path"
+            f"adapters may only be registered from the configured adapter roots ({allowed})", param=param
         )
     return resolved
