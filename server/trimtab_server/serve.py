@@ -101,8 +101,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
     calibrators = ReferenceCalibrators(SqlCalibratorStore(database), default_size=max(1, settings.calibration_size))
 
     async def validate(version: AdapterVersion) -> None:
-        await engine.prepare(version.version, version.path)
-        await engine.retire(version.version)  # its memory is taken when somebody uses it
+        await residency.try_out(version.version, version.path)  # its memory is taken when somebody uses it
 
     async def base_vocabulary() -> tuple[str, int] | None:
         try:

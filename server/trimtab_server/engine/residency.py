@@ -92,6 +92,30 @@ class Residency:
         async with self.pin([version]):
             pass
 
+    async def try_out(self, version: VersionId, path: str) -> None:
+        """Let the engine load and validate a version, and free it again; one that it holds already is known to be good.
+
+        A version that was retired may be registered again while the last of its requests still run, so what nobody
+        uses is told here, and whoever wants the version meanwhile waits until it is freed.
+
+        Raises:
+            EngineError: The engine cannot be reached or broke.
+            AdapterError: The engine refused the version.
+        """
+        await self._refresh()
+        while version not in self._committed:
+            busy = self._freeing.get(version) or self._loading.get(version)
+            if busy is not None:
+                await asyncio.wait({busy})
+                continue
+            if self._in_flight[version]:
+                await self._ensure(version)
+                return
+            self._freeing[version] = asyncio.create_task(self._load_and_free(version, path))
+            self._freeing[version].add_done_callback(_retrieve)
+            await asyncio.shield(self._freeing[version])
+            return
+
     async def retire(self, version: VersionId) -> RetireReply:
         """Free a version as soon as no request uses it.
 
@@ -210,6 +234,13 @@ class Residency:
             self._freeing[version] = asyncio.create_task(self._retire(version))
             self._freeing[version].add_done_callback(_retrieve)
         return self._freeing[version]
+
+    async def _load_and_free(self, version: VersionId, path: str) -> RetireReply:
+        try:
+            await self._engine.prepare(version, path)
+            return await self._engine.retire(version)
+        finally:
+            self._freeing.pop(version, None)
 
     async def _retire(self, version: VersionId) -> RetireReply:
         try:
