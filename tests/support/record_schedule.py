@@ -27,7 +27,7 @@ def main(path: Path) -> None:
     """Record into a file."""
     os.environ.update(engine_environment(), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0")
     os.environ.update(VLLM_PLUGINS="", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
-    from tiny_models import make_tiny_models  # noqa: PLC0415 - the environment comes first
+    from tiny_models import make_tiny_models
 
     with tempfile.TemporaryDirectory() as root:
         models = make_tiny_models(Path(root))
@@ -39,8 +39,8 @@ def main(path: Path) -> None:
 
 def build_engine(model: Path) -> Any:
     """Four rows, 24 tokens a step, and five blocks of 32 for all of them."""
-    from vllm import EngineArgs  # noqa: PLC0415
-    from vllm.v1.engine.llm_engine import LLMEngine  # noqa: PLC0415
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     arguments = EngineArgs(
         model=str(model),
@@ -102,9 +102,9 @@ class Recorder:
         self.steps.append({"finish": sorted(self._in_runner)})
 
     def _send(self, number: int, version: str, rng: random.Random) -> str:
-        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm import SamplingParams
 
-        from steering_reference import params  # noqa: PLC0415
+        from steering_reference import params
 
         name = f"r{number}"
         prompt = [rng.randrange(1, 128) for _ in range(rng.choice([1, 5, 20, 33, 64, 70]))]

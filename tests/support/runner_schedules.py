@@ -11,7 +11,8 @@ In a step first `finish` and `preempt` leave, then `arrive` enters (for the firs
 all tokens so far), then `schedule` says how many tokens of each request are computed. A request in the middle of its
 prefill is given fewer tokens than it has left; its sample does not count. Sampled ids are not part of a schedule: who
 replays it samples for himself. An empty `schedule` is a step without tokens. `computed` says of requests that arrive
-how many of their tokens are computed already, because the base's cache had them. `record_schedule.py` writes such a file.
+how many of their tokens are computed already, because the base's cache had them. `record_schedule.py` writes such
+files.
 """
 
 from collections.abc import Callable, Sequence
