@@ -14,7 +14,7 @@ from trimtab_client.admin_types import (
     RouteRevision,
     TrainingJob,
 )
-from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter
+from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter, SteeringOptions
 
 
 def add_adapter(body: Mapping[str, Any]) -> Operation[AdapterVersion]:
@@ -60,10 +60,17 @@ def get_route(route: str) -> Operation[RouteRevision]:
 
 
 def put_route(
-    route: str, steering: Sequence[AdapterChoice], *, best_of: int | None, reward: str | None, comment: str
+    route: str,
+    steering: Sequence[AdapterChoice],
+    *,
+    operators: SteeringOptions | None,
+    best_of: int | None,
+    reward: str | None,
+    comment: str,
 ) -> Operation[RouteRevision]:
     """`PUT /admin/routes/{name}`."""
-    body = {"steering": {"adapters": list(steering)}, **given(best_of=best_of, reward=reward, comment=comment or None)}
+    steering_body = {"adapters": list(steering), **(operators or {})}
+    body = {"steering": steering_body, **given(best_of=best_of, reward=reward, comment=comment or None)}
     return Operation("PUT", path_of("admin", "routes", route), lambda value: decode(RouteRevision, value), body)
 
 

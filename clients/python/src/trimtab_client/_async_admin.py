@@ -20,7 +20,7 @@ from trimtab_client.admin_types import (
     RouteRevision,
     TrainingJob,
 )
-from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter
+from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter, SteeringOptions
 
 
 class AsyncAdapters:
@@ -104,13 +104,14 @@ class AsyncRoutes:
         route: str,
         *,
         adapters: Sequence[AdapterChoice],
+        operators: SteeringOptions | None = None,
         best_of: int | None = None,
         reward: str | None = None,
         comment: str = "",
     ) -> RouteRevision:
-        """Make a route, or give it a new revision. Without adapters it is the base under another name."""
+        """Make a route, or give it a new revision. Without any steering it is the base under another name."""
         return await self._caller.send(
-            operations.put_route(route, adapters, best_of=best_of, reward=reward, comment=comment)
+            operations.put_route(route, adapters, operators=operators, best_of=best_of, reward=reward, comment=comment)
         )
 
     async def delete(self, route: str) -> None:

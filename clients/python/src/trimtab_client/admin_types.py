@@ -41,6 +41,8 @@ class RouteRevision:
     route: str
     revision: int
     steering: list[AdapterWeight] = field(default_factory=list)
+    operators: dict[str, Any] = field(default_factory=dict)
+    """What the steering has beside its adapters, as `put` takes it."""
     best_of: int | None = None
     reward: str | None = None
     created_at: float = 0.0
