@@ -122,8 +122,8 @@ def _refuse_unsupported(content: Mapping[str, Any]) -> None:
     initial = content.get("init_lora_weights")
     if not any(initial is kept or (isinstance(initial, str) and initial == kept) for kept in _KEPT_BASE):
         raise ManifestError(
-            f"{PEFT_CONFIG_FILE} has init_lora_weights {initial!r}, which changes the LM under the LoRA; save it converted to a "
-            "plain LoRA (PEFT's `path_initial_model_for_weight_conversion`)"
+            f"{PEFT_CONFIG_FILE} has init_lora_weights {initial!r}, which changes the LM under the LoRA; save it "
+            "converted to a plain LoRA (PEFT's `path_initial_model_for_weight_conversion`)"
         )
     if unknown := sorted(switched_on - _HARMLESS - set(_REFUSED)):
         raise ManifestError(
