@@ -36,3 +36,14 @@ def make_model_directory(
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     write_safetensors(path / "model.safetensors", {"weight": float32([[weight, 2.0], [3.0, 4.0]])})
     return path
+
+
+def make_lora_directory(path: Path, *, weight: float = 1.0, **config: Any) -> Path:
+    """What PEFT's `save_pretrained` of a LoRA would leave, with two of its matrices."""
+    path.mkdir(parents=True)
+    content = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"], **config}
+    (path / "adapter_config.json").write_text(json.dumps(content))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": float32([[weight, 0.0]]), f"{module}.lora_B.weight": float32([[1.0], [0.0]])}
+    write_safetensors(path / "adapter_model.safetensors", tensors)
+    return path

@@ -367,6 +367,18 @@ def test_a_broken_lora_fails_its_own_rows_alone(
     core.close(fine)
 
 
+def test_infinities_that_a_lora_makes_of_other_rows_do_not_reach_them(
+    world: World, trio: list[str], rows: tuple[SteeringCore, list[SteeredRow]], passes: list[int]
+) -> None:
+    core, opened = rows
+    break_down(lora_of(world, trio[1]))
+    passes.clear()
+    result = core.step([(row, n) for n, row in enumerate(opened)], torch.zeros(6, VOCAB_SIZE))
+    assert result is not None
+    assert [row for row, _ in result.failed] == [opened[1], opened[4]]
+    assert passes == [6], "nothing had to be computed again"
+
+
 def test_a_row_that_fits_no_pool_fails_alone_among_other_loras(
     world: World, trio: list[str], rows: tuple[SteeringCore, list[SteeredRow]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

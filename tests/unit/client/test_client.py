@@ -192,6 +192,12 @@ def test_admin_calls_carry_the_admin_key(gateway: CannedGateway) -> None:
             {"name": "kind", "path": "/a", "prefix_token_ids": [1, 2], "route": "r"},
         ),
         (
+            lambda admin: admin.adapters.add(name="kind", path="/lora", trunk="/small-lm"),
+            "POST",
+            "/admin/adapters",
+            {"name": "kind", "path": "/lora", "trunk": "/small-lm"},
+        ),
+        (
             lambda admin: admin.adapters.retire(name="kind", version="00ff"),
             "POST",
             "/admin/adapters/kind/versions/00ff/retire",

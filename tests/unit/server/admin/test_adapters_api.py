@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trimtab_adapters.contract.errors import EngineUnavailableError, WeightsError
-from version_directories import make_model_directory
+from version_directories import make_lora_directory, make_model_directory
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +56,24 @@ async def test_a_registered_version_is_validated_and_listed(bench: Bench) -> Non
     assert await bench.call("GET", f"adapters/kind/versions/{version['version']}") == version
 
 
+async def test_a_lora_is_registered_with_its_trunk(bench: Bench) -> None:
+    trunk = str(make_model_directory(bench.directory / "trunk"))
+    versions = []
+    for weight in (1.0, 2.0):
+        path = str(make_lora_directory(bench.directory / f"lora-{weight}", weight=weight))
+        versions.append(await bench.call("POST", "adapters", json={"name": "kind", "path": path, "trunk": trunk}))
+    loras = [version["manifest"]["lora"] for version in versions]
+    assert loras[0] == loras[1]
+    assert (loras[0]["r"], loras[0]["lora_alpha"]) == (1, 2.0)
+    assert versions[0]["version"] != versions[1]["version"]
+    error = await bench.refused("POST", "adapters", 400, json={"name": "kind", "path": path})
+    assert "--trunk" in error["message"]
+    error = await bench.refused("POST", "adapters", 400, json={"name": "kind", "path": path, "trunk": "small-lm"})
+    assert error["param"] == "trunk"
+    whole = await add(bench, "whole")
+    assert "lora" not in whole["manifest"]
+
+
 async def test_registering_with_a_route_loads_and_activates(bench: Bench) -> None:
     version = await add(bench, route="nice", alpha=2.0)
     assert version["routes"] == ["nice"]
@@ -86,6 +104,11 @@ async def test_only_paths_inside_the_roots_are_read(bench: Bench, tmp_path: Path
     for path in (outside, bench.directory / ".." / "outside", bench.directory / "link"):
         error = await bench.refused("POST", "adapters", 403, json={"name": "kind", "path": str(path)})
         assert error["param"] == "path"
+    lora = make_lora_directory(bench.directory / "lora")
+    error = await bench.refused(
+        "POST", "adapters", 403, json={"name": "kind", "path": str(lora), "trunk": str(outside)}
+    )
+    assert error["param"] == "trunk"
     for relative in ("kind", "a\x00b", ""):
         error = await bench.refused("POST", "adapters", 400, json={"name": "kind", "path": relative})
         assert error["param"] == "path"

@@ -19,7 +19,7 @@ from trimtab_server import cli
 from trimtab_server.commands.errors import CommandError
 from trimtab_server.commands.routes import parse_term
 from trimtab_server.settings import Settings
-from version_directories import make_model_directory
+from version_directories import make_lora_directory, make_model_directory
 
 pytestmark = pytest.mark.anyio
 
@@ -42,6 +42,14 @@ async def run(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             return output.err if status else output.out
 
         yield run
+
+
+async def test_a_lora_is_added_in_one_line(bench: Bench, run: Run) -> None:
+    trunk = make_model_directory(bench.directory / "small-lm")
+    lora = make_lora_directory(bench.directory / "lora")
+    line = await run("adapters", "add", "kind", str(lora), "--trunk", str(trunk))
+    shown = json.loads(await run("adapters", "show", "kind", line.split()[1]))
+    assert shown["manifest"]["lora"]["r"] == 1
 
 
 async def test_an_adapter_goes_from_registration_to_retirement(bench: Bench, run: Run) -> None:
