@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,12 @@ class AdapterLM:
             for tensor in (*self._model.parameters(), *self._model.buffers()):
                 tensor.data = tensor.data.new_empty(0)
 
-    def use_lean(self) -> None:
-        """Run the layers by our own code from now on."""
-        self._lean = LeanDecoder(self._model, self._dense)
+    def use_lean(self) -> Iterator[None]:
+        """Run the layers by our own code, from the end of this iterator on."""
+        lean = LeanDecoder(self._model, self._dense)
+        yield
+        yield from lean.build()
+        self._lean = lean
 
     def use_modules(self) -> None:
         """Run transformers' modules with our attention from now on."""
@@ -116,6 +119,32 @@ class AdapterLM:
             self._model = None
 
 
+@dataclass(frozen=True, slots=True)
+class UncheckedAdapterLM:
+    """An adapter LM that was read, and what its own implementation says, but has not run on the engine's operators.
+
+    Attributes:
+        adapter: Of no use before `check` is exhausted.
+        model: The transformers model.
+        expected: `[3, A]`, see `_expected`.
+    """
+
+    adapter: AdapterLM
+    model: Any
+    expected: Tensor
+
+    def check(self) -> Iterator[None]:
+        """Lay the weights out for the engine's operators and compare the results with the model's own, in small steps.
+
+        Every step must run on the thread that decodes, between two decoding steps: vLLM's CPU operators share scratch
+        memory, so that two threads in them at once corrupt each other's numbers or end the process.
+
+        Raises:
+            AdapterError: Its attention is not supported.
+        """
+        return _choose_implementation(self.adapter, self.model, self.expected)
+
+
 def load_adapter_lm(
     directory: Path,
     device: torch.device,
@@ -123,7 +152,21 @@ def load_adapter_lm(
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> AdapterLM:
-    """Load an adapter LM from a directory and check that it works here before anybody depends on it.
+    """Load an adapter LM from a directory and check it, both at once. Arguments and errors as of `read_adapter_lm`."""
+    unchecked = read_adapter_lm(directory, device, dtype=dtype, backend=backend)
+    for _ in unchecked.check():
+        pass
+    return unchecked.adapter
+
+
+def read_adapter_lm(
+    directory: Path,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+) -> UncheckedAdapterLM:
+    """Read an adapter LM from a directory. May run on any thread: only PyTorch's own operators are used.
 
     Args:
         directory: `config.json` and safetensors weights.
@@ -154,12 +197,11 @@ def load_adapter_lm(
     try:
         _refuse_hidden_attention(model.config.get_text_config())
         adapter = AdapterLM(model, device, backend)
+        return UncheckedAdapterLM(adapter, model, _expected(adapter, model))
     except AdapterError:
         raise
     except Exception as exc:
         raise AdapterError(f"a {model.config.model_type} model cannot be run as an adapter LM: {exc}") from exc
-    _choose_implementation(adapter, model)
-    return adapter
 
 
 def _refuse_hidden_attention(config: Any) -> None:
@@ -190,7 +232,7 @@ def _check_weights(model: Any, report: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
+def _choose_implementation(adapter: AdapterLM, model: Any, expected: Tensor) -> Iterator[None]:
     """Take our own layers where they are written and right for this model, else transformers' with our attention.
 
     Raises:
@@ -199,16 +241,15 @@ def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
     family, dtype = model.config.model_type, adapter.geometry.dtype
     tolerance = _SELF_TEST_TOLERANCE.get(dtype, 0.3)
     try:
-        expected = _expected(adapter, model)
         if LeanDecoder.supports(model):
-            adapter.use_lean()
-            error = _largest_error(adapter, expected)
+            yield from adapter.use_lean()
+            error = yield from _largest_error(adapter, expected)
             if error <= tolerance:
                 adapter.drop_modules()
                 return
             logger.warning("our layers differ by %.3g nats from those of %s; they are not used", error, family)
         adapter.use_modules()
-        error = _largest_error(adapter, expected)
+        error = yield from _largest_error(adapter, expected)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as exc:
         raise AdapterError(f"a {family} model cannot be run as an adapter LM: {exc}") from exc
     if not error <= tolerance:
@@ -222,6 +263,7 @@ def _self_test_tokens(adapter: AdapterLM) -> Tensor:
     return torch.arange(min(_SELF_TEST_TOKENS, adapter.max_length)) * 7919 % adapter.num_logits
 
 
+@torch.inference_mode()
 def _expected(adapter: AdapterLM, model: Any) -> Tensor:
     """Log-probabilities of the model's own forward pass after half of the tokens, all but one, and all, `[3, A]`."""
     ids = _self_test_tokens(adapter)
@@ -241,7 +283,7 @@ def _refuse_hidden_window(config: Any, windows: set[int | None]) -> None:
         raise AdapterError(f"the sliding window of a {config.model_type} model is in its mask alone: not supported")
 
 
-def _largest_error(adapter: AdapterLM, expected: Tensor) -> float:
+def _largest_error(adapter: AdapterLM, expected: Tensor) -> Generator[None, None, float]:
     """Largest difference of log-probabilities when the tokens come in chunks and one by one, beside a second row."""
     tokens = _self_test_tokens(adapter).tolist()
     length, middle = len(tokens), len(tokens) // 2
@@ -251,9 +293,11 @@ def _largest_error(adapter: AdapterLM, expected: Tensor) -> float:
     pool.extend(halves, tokens[:middle])
     batches = [adapter.batch(pool, [whole, halves], [length - 1, middle])]
     parts = [adapter.forward(batches[-1])]
+    yield
     pool.extend(halves, tokens[middle:-1])
     batches.append(adapter.batch(pool, [halves], [length - 1 - middle]))
     parts.append(adapter.forward(batches[-1]))
+    yield
     for sequence in (whole, halves):
         pool.extend(sequence, tokens[-1:])
     batches.append(adapter.batch(pool, [whole, halves], [1, 1]))
