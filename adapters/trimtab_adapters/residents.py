@@ -1,12 +1,14 @@
 """Adapter versions in an engine's memory: prepare, commit, retire.
 
-Prepare loads and validates a version in a background thread while decoding goes on. Commit makes it usable by putting
+Prepare reads a version in a background thread while decoding goes on, and checks it in small steps on the worker's own
+thread, because an engine's operators need not be safe for two threads. Commit makes it usable by putting
 a pointer into a dictionary, between two steps. Retire takes it out; the memory goes with the last row that holds it.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab_adapters.adapter_lm import AdapterLM, Backend, PackedLM, load_adapter_lm
+from trimtab_adapters.adapter_lm import Backend, PackedLM, UncheckedAdapterLM, UncheckedLM, read_adapter_lm
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -37,6 +39,10 @@ from trimtab_adapters.weight_budget import Reservation, WeightBudget, added_byte
 logger = logging.getLogger(__name__)
 
 MEMORY_CODES = (AdapterMemoryFullError.default_code, AdapterTooLargeError.default_code)
+
+
+_CHECK_SLICE_S = 0.005
+"""How long one `poll` may go on checking a version that was read; a step of the check may take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,24 @@ class ResidentVersion:
         )
 
 
+@dataclass(slots=True)
+class _Load:
+    """A version on its way in: read in a thread, then checked step by step on the worker's own."""
+
+    reservation: Reservation
+    future: Future[tuple[Manifest, UncheckedLM]]
+    check: Generator[None, None, PackedLM] | None = None
+
+    def drop(self) -> None:
+        """Throw away what nobody wants any more; reading goes on to its end, because a thread cannot be stopped."""
+        self.future.add_done_callback(lambda _: self._free())
+
+    def _free(self) -> None:
+        if self.future.exception() is None:
+            self.future.result()[1].free()
+        self.reservation.release()
+
+
 class Residents:
     """The versions in memory and the pools that they share.
 
@@ -156,9 +180,9 @@ class Residents:
         self.backend = backend
         self.budget = KvBudget(kv_bytes)
         self.weights = WeightBudget(weight_bytes)
-        self._trunks = Trunks(self._load_lm, self.weights, dtype)
+        self._trunks = Trunks(self._read_lm, self.weights, dtype)
         self.committed: dict[VersionId, ResidentVersion] = {}
-        self._loading: dict[VersionId, tuple[Reservation, Future[tuple[Manifest, PackedLM]]]] = {}
+        self._loading: dict[VersionId, _Load] = {}
         self._prepared: dict[VersionId, ResidentVersion] = {}
         self._retiring: dict[VersionId, ResidentVersion] = {}
         self._failed: dict[VersionId, LoadedVersion] = {}
@@ -172,46 +196,44 @@ class Residents:
             self._prepared[version] = self._retiring.pop(version)
             return
         self._failed.pop(version, None)
-        reservation, future = self.weights.reserve(), Future[tuple[Manifest, PackedLM]]()
-        self._loading[version] = (reservation, future)
-        thread = threading.Thread(
-            target=self._load, args=(version, Path(path), reservation, future), name=f"load-{version}", daemon=True
-        )
-        thread.start()
+        load = self._loading[version] = _Load(self.weights.reserve(), Future())
+        threading.Thread(
+            target=self._read, args=(version, Path(path), load), name=f"load-{version}", daemon=True
+        ).start()
 
-    def _load_lm(self, directory: Path, *, change: Callable[[Any], None] | None = None) -> AdapterLM:
-        return load_adapter_lm(directory, self.device, dtype=self.dtype, backend=self.backend, change=change)
+    def _read_lm(self, directory: Path, *, change: Callable[[Any], None] | None = None) -> UncheckedAdapterLM:
+        return read_adapter_lm(directory, self.device, dtype=self.dtype, backend=self.backend, change=change)
 
-    def _load(
-        self, version: VersionId, path: Path, reservation: Reservation, future: Future[tuple[Manifest, PackedLM]]
-    ) -> None:
+    def _read(self, version: VersionId, path: Path, load: _Load) -> None:
+        """Everything that does not need the engine's operators, in a thread of its own."""
         try:
             manifest = read_manifest(path)
             if manifest.version_id != version:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
-            reservation.resize(added_bytes(manifest, path, self.dtype))
-            adapter = self._load_lm(path) if manifest.lora is None else self._trunks.load(manifest, path)
+            load.reservation.resize(added_bytes(manifest, path, self.dtype))
+            unchecked = self._read_lm(path) if manifest.lora is None else self._trunks.read(manifest, path)
             try:
-                check_fit(manifest, adapter, self.base)
-                reservation.resize(adapter.weight_bytes)
+                check_fit(manifest, unchecked.shape, self.base)
+                if manifest.lora is None:
+                    load.reservation.resize(unchecked.shape.weight_bytes)
             except TrimtabError:
-                adapter.free()
+                unchecked.free()
                 raise
         except Exception as exc:  # noqa: BLE001 - handed to the caller of `poll`, which translates it
-            reservation.release()
-            future.set_exception(exc)
+            load.reservation.release()
+            load.future.set_exception(exc)
             return
-        future.set_result((manifest, adapter))
+        load.future.set_result((manifest, unchecked))
 
     def poll(self, version: VersionId) -> LoadedVersion:
-        """State of a version that was prepared.
+        """State of a version that was prepared. One that was read is checked here, a few milliseconds at each call.
 
         Raises:
             NotFoundError: It was never prepared here, or was freed.
         """
-        if version in self._loading and self._loading[version][1].done():
-            self._finish_loading(version)
+        if version in self._loading and self._loading[version].future.done():
+            self._check(version)
         for state, group in (
             ("committed", self.committed),
             ("prepared", self._prepared),
@@ -222,30 +244,34 @@ class Residents:
         if version in self._failed:
             return self._failed[version]
         if version in self._loading:
-            reserved = self._loading[version][0].num_bytes
+            reserved = self._loading[version].reservation.num_bytes
             return LoadedVersion(version=version, name="", state="loading", weight_bytes=reserved)
         raise NotFoundError(f"adapter version {version} is not loaded in this engine")
 
-    def _finish_loading(self, version: VersionId) -> None:
-        reservation, future = self._loading.pop(version)
+    def _check(self, version: VersionId) -> None:
+        load = self._loading[version]
+        deadline = time.perf_counter() + _CHECK_SLICE_S
         try:
-            manifest, adapter = future.result()
-            try:
-                resident = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
-            except Exception:
-                adapter.free()  # of a LoRA the LM that it shares, too
-                raise
-            resident.reservation = reservation
+            manifest, unchecked = load.future.result()
+            load.check = load.check or unchecked.check()
+            adapter = _advance(load.check, deadline)
+            if adapter is None:
+                return
+            load.reservation.resize(adapter.weight_bytes)
+            resident = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+            resident.reservation = load.reservation
             self._prepared[version] = resident
+            del self._loading[version]
             return
         except (TrimtabError, PoolExhaustedError) as exc:
             failure = _failure(version, str(exc), getattr(exc, "code", None))
         except Exception as exc:  # whatever loading raised must reach the admin, not kill the engine
             logger.exception("loading adapter version %s failed", version)
             failure = _failure(version, f"{type(exc).__name__}: {exc}", None)
-        reservation.release()
+        del self._loading[version]
+        load.drop()
         if failure.error_code in MEMORY_CODES:
-            failure.weight_bytes = reservation.wanted_bytes
+            failure.weight_bytes = load.reservation.wanted_bytes
         self._failed[version] = failure
 
     def _pool(self, geometry: KvGeometry) -> KvPool:
@@ -274,7 +300,7 @@ class Residents:
         """Refuse new rows for a version; free it at once or with its last row. Returns the rows that still hold it."""
         self._failed.pop(version, None)
         if (loading := self._loading.pop(version, None)) is not None:
-            loading[1].add_done_callback(lambda future: _drop(*loading))
+            loading.drop()
             return 0
         # One that was prepared may have rows too: those that it had when it was wanted again before they ended.
         resident = self.committed.pop(version, None) or self._prepared.pop(version, None) or self._retiring.get(version)
@@ -328,11 +354,16 @@ class Residents:
         )
 
 
-def _drop(reservation: Reservation, future: Future[tuple[Manifest, PackedLM]]) -> None:
-    """Throw away what nobody wants any more, in the thread that has just loaded it."""
-    if future.exception() is None:
-        future.result()[1].free()
-    reservation.release()
+def _advance(check: Generator[None, None, PackedLM], deadline: float) -> PackedLM | None:
+    """Go on with a check until this time; what it returns when it is over."""
+    while True:
+        try:
+            next(check)
+        except StopIteration as done:
+            adapter: PackedLM = done.value
+            return adapter
+        if time.perf_counter() >= deadline:
+            return None
 
 
 def _failure(version: VersionId, message: str, code: str | None) -> LoadedVersion:

@@ -63,7 +63,11 @@ async def test_adapters_and_routes_from_registration_to_retirement(client: Async
     added = await admin.adapters.add(name="kind", path=str(await version_directory(tmp_path / "kind")), route="kind")
     assert added.extra == {"object": "adapter.version"}
     assert (added.name, added.routes, added.manifest["name"]) == ("kind", ["kind"], "kind")
+    assert (added.residency["state"], added.pinned_at) == ("resident", None)
     assert await admin.adapters.list() == await admin.adapters.get("kind") == [added]
+    assert (await admin.adapters.pin(name="kind", version=added.version)).pinned_at is not None
+    await admin.adapters.unpin(name="kind", version=added.version)
+    assert await admin.adapters.get("kind") == [added]
 
     assert {model.id for model in await client.models.list()} == {"base", "kind"}
     assert (await client.models.get("kind")).id == "kind"

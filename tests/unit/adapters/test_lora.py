@@ -14,7 +14,7 @@ from lora_directories import ATTENTION, MLP, merged, write_lora, write_model
 from steering_reference import VOCAB_SIZE, Reference, base_description, live_bytes, load, params, wait
 from tiny_models import TinyModels
 from trimtab_adapters import residents as residents_module
-from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
+from trimtab_adapters.adapter_lm import AdapterLM, UncheckedAdapterLM, read_adapter_lm
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.dense_ops import TorchOps
 from trimtab_adapters.kv_pool import PoolExhaustedError
@@ -203,7 +203,7 @@ def test_the_trunk_is_in_memory_once_and_leaves_with_its_last_lora(
     before = live_bytes()
     first = world.add("first", trunk)
     trunk_lm = lora_of(world, first).trunk
-    monkeypatch.setattr(residents_module, "load_adapter_lm", lambda *_, **__: pytest.fail("the trunk was read again"))
+    monkeypatch.setattr(residents_module, "read_adapter_lm", lambda *_, **__: pytest.fail("the trunk was read again"))
     others = [world.add(f"lora-{n}", trunk, targets=("q_proj",)) for n in range(3)]
     world.reference.models.clear()
     assert {id(lora_of(world, version).trunk) for version in others} == {id(trunk_lm)}
@@ -235,14 +235,14 @@ def test_loras_that_are_loaded_at_the_same_time_read_their_trunk_once(
 ) -> None:
     loads: list[Any] = []
     gate = threading.Event()
-    plain = load_adapter_lm
+    plain = read_adapter_lm
 
-    def slow(directory: Path, *args: Any, **options: Any) -> AdapterLM:
+    def slow(directory: Path, *args: Any, **options: Any) -> UncheckedAdapterLM:
         loads.append(directory)
         assert gate.wait(20)
         return plain(directory, *args, **options)
 
-    monkeypatch.setattr(residents_module, "load_adapter_lm", slow)
+    monkeypatch.setattr(residents_module, "read_adapter_lm", slow)
     residents = Residents(base_description(tiny_models.base), CPU, kv_bytes=1 << 24, dtype=torch.float32)
     paths: dict[str, Path] = {}
     for n in range(4):

@@ -12,7 +12,7 @@ import torch
 from steering_reference import base_description
 from tiny_models import TinyModels, write_manifest
 from trimtab_adapters import residents as residents_module
-from trimtab_adapters.adapter_lm import load_adapter_lm
+from trimtab_adapters.adapter_lm import read_adapter_lm
 from trimtab_adapters.contract.engine_api import LoadedVersion
 from trimtab_adapters.contract.errors import AdapterMemoryFullError, AdapterTooLargeError
 from trimtab_adapters.contract.manifest import read_manifest
@@ -83,7 +83,7 @@ def test_a_version_without_room_is_refused_before_its_weights_are_read(
         wait(residents, version)
         residents.commit(version)
     with monkeypatch.context() as patch:
-        patch.setattr(residents_module, "load_adapter_lm", None)
+        patch.setattr(residents_module, "read_adapter_lm", None)
         residents.prepare(three[2][0], str(three[2][1]))
         status = wait(residents, three[2][0])
     assert (status.state, status.error_code, status.weight_bytes) == ("failed", "adapter_memory_full", one)
@@ -108,15 +108,15 @@ def test_one_that_turns_out_larger_is_refused_and_its_memory_given_back(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed = []
-    load = load_adapter_lm
+    load = read_adapter_lm
 
     def swollen(*args: Any, **options: Any) -> Any:
-        adapter = load(*args, **options)
-        adapter.weight_bytes *= 2
-        monkeypatch.setattr(adapter, "free", lambda: freed.append(adapter))
-        return adapter
+        unchecked = load(*args, **options)
+        unchecked.adapter.weight_bytes *= 2
+        monkeypatch.setattr(unchecked.adapter, "free", lambda: freed.append(unchecked))
+        return unchecked
 
-    monkeypatch.setattr(residents_module, "load_adapter_lm", swollen)
+    monkeypatch.setattr(residents_module, "read_adapter_lm", swollen)
     residents = build(tiny_models, size(tiny_models.adapter))
     version = read_manifest(tiny_models.adapter).version_id
     residents.prepare(version, str(tiny_models.adapter))
@@ -129,13 +129,13 @@ def test_one_that_turns_out_larger_is_refused_and_its_memory_given_back(
 def test_two_that_load_at_once_do_not_both_take_the_last_room(
     tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, load = threading.Event(), load_adapter_lm
+    gate, load = threading.Event(), read_adapter_lm
 
     def slow(*args: Any, **options: Any) -> Any:
         gate.wait(30)
         return load(*args, **options)
 
-    monkeypatch.setattr(residents_module, "load_adapter_lm", slow)
+    monkeypatch.setattr(residents_module, "read_adapter_lm", slow)
     one = size(tiny_models.adapter)
     residents = build(tiny_models, one)
     two = versions(tiny_models, tmp_path, 2)
@@ -152,13 +152,13 @@ def test_two_that_load_at_once_do_not_both_take_the_last_room(
 def test_a_version_retired_while_it_loads_leaves_nothing_taken(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, load = threading.Event(), load_adapter_lm
+    gate, load = threading.Event(), read_adapter_lm
 
     def slow(*args: Any, **options: Any) -> Any:
         gate.wait(30)
         return load(*args, **options)
 
-    monkeypatch.setattr(residents_module, "load_adapter_lm", slow)
+    monkeypatch.setattr(residents_module, "read_adapter_lm", slow)
     residents = build(tiny_models, None)
     version = read_manifest(tiny_models.adapter).version_id
     residents.prepare(version, str(tiny_models.adapter))

@@ -12,6 +12,8 @@ import pytest
 from fake_gateway import KIND, serving
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
+    AdapterTooLargeError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
@@ -289,7 +291,7 @@ async def test_versions_are_prepared_committed_listed_and_retired(engine: VllmEn
     assert (await engine.status()).versions == []
 
 
-@pytest.mark.parametrize("kind", [WeightsError, VocabularyError, AdapterError])
+@pytest.mark.parametrize("kind", [WeightsError, VocabularyError, AdapterTooLargeError, AdapterError])
 async def test_a_refused_version_keeps_the_kind_of_its_error(
     engine: VllmEngine, fake: FakeEngine, kind: type[AdapterError]
 ) -> None:
@@ -297,6 +299,14 @@ async def test_a_refused_version_keeps_the_kind_of_its_error(
     with pytest.raises(kind, match="not this one") as caught:
         await engine.prepare(KIND, "/versions/kind")
     assert type(caught.value) is kind
+
+
+async def test_a_version_without_room_may_be_tried_again(engine: VllmEngine, fake: FakeEngine) -> None:
+    fake.weight_budget_bytes = 0
+    with pytest.raises(AdapterMemoryFullError, match="full"):
+        await engine.prepare(KIND, "/versions/kind")
+    fake.weight_budget_bytes = 1
+    assert (await engine.prepare(KIND, "/versions/kind")).weight_bytes == 1
 
 
 async def test_records_are_taken_once(engine: VllmEngine, fake: FakeEngine) -> None:

@@ -74,6 +74,23 @@ async def test_an_adapter_goes_from_registration_to_retirement(bench: Bench, run
     assert [v["version"] for v in json.loads(await run("adapters", "list", "kind", "--json"))] == [one, two]
 
 
+async def test_versions_are_pinned_and_unpinned(bench: Bench, run: Run) -> None:
+    one = (await run("adapters", "add", "kind", str(make_model_directory(bench.directory / "a", weight=1.0)))).split()[
+        1
+    ]
+    two = (await run("adapters", "add", "kind", str(make_model_directory(bench.directory / "b", weight=2.0)))).split()[
+        1
+    ]
+    assert await run("adapters", "pin", f"kind@{one}") == f"kind {one} is pinned\n"
+    assert json.loads(await run("adapters", "pin", "kind", "--json"))["version"] == two
+    assert (await run("adapters", "list")).count("pinned") == 2
+    assert await run("adapters", "unpin", "kind") == f"kind {two} is not pinned\n"
+    assert (await run("adapters", "list")).count("pinned") == 1
+    for version in (one, two):
+        await run("adapters", "retire", "kind", version)
+    assert "all versions of kind are retired" in await run("adapters", "pin", "kind", status=1)
+
+
 async def test_a_relative_directory_is_sent_as_an_absolute_path(
     bench: Bench, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

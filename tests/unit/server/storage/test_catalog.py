@@ -361,3 +361,24 @@ async def test_a_caller_that_goes_away_leaves_memory_and_database_agreed(bench: 
     again = bench.open()
     await again.load()
     assert await again.routes() == await bench.catalog.routes()
+
+
+async def test_pinned_versions_are_kept_over_a_restart_until_they_are_unpinned_or_retired(bench: Workbench) -> None:
+    first, second = await bench.register("kind", 1.0), await bench.register("kind", 2.0)
+    pinned = await bench.catalog.pin_version("kind", first.version)
+    assert pinned.pinned_at is not None
+    assert await bench.catalog.pin_version("kind", first.version) == pinned, "twice is harmless"
+    again = bench.open()
+    await again.load()
+    assert await again.active_versions() == [pinned]
+    assert (again.is_kept(first.version), again.is_kept(second.version)) == (True, False)
+    await again.activate("nice", "kind", second.version)
+    assert again.is_kept(second.version), "a route uses it"
+    assert (await again.unpin_version("kind", first.version)).pinned_at is None
+    assert not again.is_kept(first.version)
+    await again.pin_version("kind", first.version)
+    assert (await again.retire_version("kind", first.version)).pinned_at is None
+    with pytest.raises(InvalidRequestError):
+        await again.pin_version("kind", first.version)
+    with pytest.raises(NotFoundError):
+        await again.unpin_version("kind", "0" * 16)
