@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from trimtab_adapters.contract.engine_api import EngineStatus
-from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.errors import EngineRequestError, InvalidRequestError
 from trimtab_adapters.contract.params import Guidance, SteeringOptions
 from trimtab_server.decoding.shared_lookup import SharedLookup
 from trimtab_server.engine.base import Endpoint, Engine
@@ -54,7 +54,7 @@ class GuidanceResolver:
         if not status.can_guide:
             raise InvalidRequestError(
                 "This engine cannot steer away from a negative prompt: its base model cannot run a second time beside "
-                "itself, as its own expert.",
+                "itself, as its own expert. The engine's log says why.",
                 param=PARAM,
                 code="unsupported_parameter",
             )
@@ -66,7 +66,12 @@ class GuidanceResolver:
         return Guidance(token_ids=token_ids, scale=scale)
 
     async def _tokenize(self, question: str) -> tuple[int, ...]:
-        return tuple((await self._engine.post("/tokenize", json.loads(question)))["tokens"])
+        try:
+            return tuple((await self._engine.post("/tokenize", json.loads(question)))["tokens"])
+        except EngineRequestError as exc:
+            raise EngineRequestError(
+                exc.message, engine_status=exc.engine_status, error={**exc.error, "param": PARAM}
+            ) from exc
 
 
 def _question(prompt: object, endpoint: Endpoint, body: dict[str, Any]) -> list[int] | dict[str, Any]:

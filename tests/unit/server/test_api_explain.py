@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fake_gateway import KIND, FakeGateway, asgi_client, build_gateway, serving
 from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_server.engine.base import EngineDelta, EngineRequest
 from trimtab_server.engine.fake import FakeEngine, Fault
 from trimtab_server.engine.fake_app import fake_vllm_app
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
@@ -208,3 +209,19 @@ async def test_over_http_the_reads_of_all_candidates_share_requests_and_come_as_
     assert len(rest) == 8 * 3
     assert sum(len(starts) for starts in fake.observed.read) == 24
     assert len(fake.observed.read) < 24
+
+
+async def test_tokens_that_a_parser_holds_back_are_explained_all_the_same() -> None:
+    class Parsing(FakeEngine):
+        """As with a reasoning or tool parser: tokens arrive whose text is not shown yet."""
+
+        @override
+        async def raw_stream(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
+            async for delta in super().raw_stream(request):
+                if "delta" in delta.choice:
+                    delta.choice["delta"] = {}
+                yield delta
+
+    async with asgi_client(build_gateway(fake=Parsing()).app) as client:
+        chunks = events(await ask(client, "chat.completions", steering={"explain": 1}, stream=True))
+    assert [len(chunk["choices"][0]["explain"]["tokens"]) for chunk in chunks] == [1, 1, 1, 1]

@@ -4,8 +4,10 @@ from typing import Any
 
 import httpx
 import pytest
+from typing_extensions import override
 
 from fake_gateway import KIND, FakeGateway, asgi_client, build_gateway
+from trimtab_adapters.contract.errors import EngineRequestError
 from trimtab_adapters.contract.params import SteeringOptions, SteeringParams
 from trimtab_server.engine import fake_model
 from trimtab_server.engine.fake import FakeEngine
@@ -227,6 +229,25 @@ async def test_an_engine_that_cannot_guide_is_400_that_says_why(endpoint: str) -
     assert (response.status_code, response.json()["error"]["param"]) == (400, "steering.negative_prompt")
     assert "as its own expert" in response.json()["error"]["message"]
     assert gateway.engine.observed.requests == []
+
+
+async def test_a_refusal_to_tokenise_names_the_negative_prompt_and_is_not_remembered() -> None:
+    class Strict(FakeEngine):
+        refuses = True
+
+        @override
+        async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+            if self.refuses:
+                raise EngineRequestError("this tokenizer does not like it", engine_status=400)
+            return await super().post(path, body)
+
+    fake = Strict()
+    async with asgi_client(build_gateway(fake=fake).app) as client:
+        response = await ask(client, steering={"negative_prompt": "Rude"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "steering.negative_prompt")
+        assert "does not like it" in response.json()["error"]["message"]
+        fake.refuses = False
+        assert (await ask(client, steering={"negative_prompt": "Rude"})).status_code == 200
 
 
 async def test_a_route_with_operators_can_be_drawn_from_as_the_plain_base(
