@@ -13,8 +13,7 @@ from torch import Tensor
 from lora_directories import ATTENTION, MLP, merged, write_lora, write_model
 from steering_reference import VOCAB_SIZE, Reference, base_description, live_bytes, load, params, wait
 from tiny_models import TinyModels
-from trimtab_adapters import residents as residents_module
-from trimtab_adapters.adapter_lm import AdapterLM
+from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.dense_ops import TorchOps
 from trimtab_adapters.kv_pool import PoolExhaustedError
@@ -203,7 +202,7 @@ def test_the_trunk_is_in_memory_once_and_leaves_with_its_last_lora(
     before = live_bytes()
     first = world.add("first", trunk)
     trunk_lm = lora_of(world, first).trunk
-    monkeypatch.setattr(residents_module, "load_adapter_lm", lambda *_: pytest.fail("the trunk was read again"))
+    monkeypatch.setattr("trimtab_adapters.adapter_lm.AutoModelForCausalLM", None)  # nobody may read the trunk again
     others = [world.add(f"lora-{n}", trunk, targets=("q_proj",)) for n in range(3)]
     world.reference.models.clear()
     assert {id(lora_of(world, version).trunk) for version in others} == {id(trunk_lm)}
@@ -230,19 +229,32 @@ def test_the_trunk_is_in_memory_once_and_leaves_with_its_last_lora(
     assert live_bytes() - before < trunk_lm.weight_bytes / 4, "given back even while somebody holds the trunk's object"
 
 
+def test_a_lora_that_leaves_takes_its_copies_with_it(world: World, trunk: Path) -> None:
+    versions = [world.add(f"lora-{n}", trunk) for n in range(3)]
+    model, own = lora_of(world, versions[0]).trunk.weight_bytes, world.residents.poll(versions[0]).weight_bytes
+    core = world.core()
+    rows = [core.open(params(version, (version, 1.0)), [1, 2, 3], []) for version in versions]
+    world.check(core, rows)
+    assert world.residents.weight_status().used_bytes == model + 3 * own + 3 * own
+    core.close(rows.pop(1))
+    world.residents.retire(versions[1])
+    assert world.residents.weight_status().used_bytes == model + 2 * own
+    world.check(core, rows, 1)
+    assert world.residents.weight_status().used_bytes == model + 2 * own + 2 * own
+
+
 def test_loras_that_are_loaded_at_the_same_time_read_their_trunk_once(
     world: World, trunk: Path, monkeypatch: pytest.MonkeyPatch, tiny_models: TinyModels
 ) -> None:
     loads: list[Any] = []
     gate = threading.Event()
-    plain = residents_module.load_adapter_lm
 
     def slow(directory: Path, **options: Any) -> AdapterLM:
         loads.append(directory)
         assert gate.wait(20)
-        return plain(directory, **options)
+        return load_adapter_lm(directory, **options)
 
-    monkeypatch.setattr(residents_module, "load_adapter_lm", slow)
+    monkeypatch.setattr("trimtab_adapters.residents.load_adapter_lm", slow)
     residents = Residents(base_description(tiny_models.base), CPU, kv_bytes=1 << 24, dtype=torch.float32)
     paths: dict[str, Path] = {}
     for n in range(4):
