@@ -203,7 +203,7 @@ def test_the_trunk_is_in_memory_once_and_leaves_with_its_last_lora(
     before = live_bytes()
     first = world.add("first", trunk)
     trunk_lm = lora_of(world, first).trunk
-    monkeypatch.setattr(residents_module, "read_adapter_lm", lambda *_, **__: pytest.fail("the trunk was read again"))
+    monkeypatch.setattr("trimtab_adapters.adapter_lm.AutoModelForCausalLM", None)  # nobody may read the trunk again
     others = [world.add(f"lora-{n}", trunk, targets=("q_proj",)) for n in range(3)]
     world.reference.models.clear()
     assert {id(lora_of(world, version).trunk) for version in others} == {id(trunk_lm)}
@@ -228,6 +228,20 @@ def test_the_trunk_is_in_memory_once_and_leaves_with_its_last_lora(
     assert world.residents.budget.allocated_bytes == 0
     del core, row
     assert live_bytes() - before < trunk_lm.weight_bytes / 4, "given back even while somebody holds the trunk's object"
+
+
+def test_a_lora_that_leaves_takes_its_copies_with_it(world: World, trunk: Path) -> None:
+    versions = [world.add(f"lora-{n}", trunk) for n in range(3)]
+    model, own = lora_of(world, versions[0]).trunk.weight_bytes, world.residents.poll(versions[0]).weight_bytes
+    core = world.core()
+    rows = [core.open(params(version, (version, 1.0)), [1, 2, 3], []) for version in versions]
+    world.check(core, rows)
+    assert world.residents.weight_status().used_bytes == model + 3 * own + 3 * own
+    core.close(rows.pop(1))
+    world.residents.retire(versions[1])
+    assert world.residents.weight_status().used_bytes == model + 2 * own
+    world.check(core, rows, 1)
+    assert world.residents.weight_status().used_bytes == model + 2 * own + 2 * own
 
 
 def test_loras_that_are_loaded_at_the_same_time_read_their_trunk_once(
