@@ -94,7 +94,10 @@ def test_requests_for_more_versions_than_fit_are_all_answered_and_steered(
         for number, prompt, tokens in results:
             ids = torch.tensor([[*prompt, *tokens]])
             logits = base(ids).logits + torch.log_softmax(adapters[number](ids).logits, dim=-1)
-            assert tokens == logits[0, len(prompt) - 1 : -1, :NUM_TOKENS].argmax(dim=-1).tolist(), number
+            steered = logits[0, len(prompt) - 1 : -1, :NUM_TOKENS]
+            chosen = steered.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            # One prompt has two tokens 0.0001 nats apart, where float32 rounding decides.
+            assert float((steered.max(dim=-1).values - chosen).max()) < 1e-3, number
 
 
 def test_a_version_that_never_fits_is_refused_when_it_is_registered(
