@@ -55,6 +55,7 @@ class TrimtabWorkerExtension:
             raise RuntimeError("Trimtab needs --logprobs-mode raw_logprobs")
         if isinstance(processor, SteeringProcessorV2):
             _attach_v2(processor, runner)
+            processor.base_lm = AdapterError("a negative prompt needs the V1 model runner: guidance has not run on V2")
         elif isinstance(processor, SteeringProcessor):
             _attach_v1(processor, runner)
             processor.base_lm = self._trimtab_base()
