@@ -247,3 +247,19 @@ def test_records_can_be_read_while_they_grow(core: SteeringCore, residents: Resi
     assert whole.kl[1:] == part.kl
     assert whole.alternatives is not None
     assert whole.alternatives[1:] == part.alternatives
+
+
+def test_explanations_count_for_what_they_weigh(
+    core: SteeringCore, residents: Residents, tiny_models: TinyModels
+) -> None:
+    version, records = load(residents, tiny_models.adapter), RecordBuffer(max_tokens=50)
+    for number in range(3):
+        row = core.open(ask(f"u{number}", (version, 1.0), num_alternatives=10), [1], [])
+        records.observe(steer(core, [row], base_logits(1, number)), torch.tensor([1]))
+        core.close(row)
+    assert [record.uid for record in records.take(["u0", "u1", "u2"])] == ["u1", "u2"]
+    row = core.open(ask("after", (version, 1.0)), [1], [])
+    for _ in range(40):
+        records.observe(steer(core, [row], base_logits(1, 0)), torch.tensor([1]))
+        row.append([1])
+    assert records.take(["after"])[0].num_tokens == 40
