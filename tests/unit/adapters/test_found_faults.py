@@ -122,7 +122,7 @@ def test_steps_that_run_again_do_not_fill_the_record_buffer(desk: Desk) -> None:
         assert result is not None
         records.observe(result, torch.tensor([1]))
     records.take(["u"])
-    assert records._num_tokens == 0
+    assert records._size == 0
 
 
 def test_a_request_too_long_for_the_pool_fails_alone(tiny_models: TinyModels) -> None:
