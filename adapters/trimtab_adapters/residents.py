@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters.adapter_lm import AdapterLM, Backend, UncheckedAdapterLM, read_adapter_lm
+from trimtab_adapters.background import in_background
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -291,8 +292,12 @@ class Residents:
         self._failed.pop(version, None)
         load = self._loading[version] = _Load(self.weights.reserve(), Future())
         threading.Thread(
-            target=self._read, args=(version, Path(path), load), name=f"load-{version}", daemon=True
+            target=self._read_quietly, args=(version, Path(path), load), name=f"load-{version}", daemon=True
         ).start()
+
+    def _read_quietly(self, version: VersionId, path: Path, load: _Load) -> None:
+        with in_background():
+            self._read(version, path, load)
 
     def _read(self, version: VersionId, path: Path, load: _Load) -> None:
         """Everything that does not need the engine's operators, in a thread of its own."""
