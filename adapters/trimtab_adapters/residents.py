@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters.adapter_lm import Backend, PackedLM, UncheckedAdapterLM, UncheckedLM, read_adapter_lm
+from trimtab_adapters.background import in_background
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -198,11 +199,15 @@ class Residents:
         self._failed.pop(version, None)
         load = self._loading[version] = _Load(self.weights.reserve(), Future())
         threading.Thread(
-            target=self._read, args=(version, Path(path), load), name=f"load-{version}", daemon=True
+            target=self._read_quietly, args=(version, Path(path), load), name=f"load-{version}", daemon=True
         ).start()
 
     def _read_lm(self, directory: Path, *, change: Callable[[Any], None] | None = None) -> UncheckedAdapterLM:
         return read_adapter_lm(directory, self.device, dtype=self.dtype, backend=self.backend, change=change)
+
+    def _read_quietly(self, version: VersionId, path: Path, load: _Load) -> None:
+        with in_background():
+            self._read(version, path, load)
 
     def _read(self, version: VersionId, path: Path, load: _Load) -> None:
         """Everything that does not need the engine's operators, in a thread of its own."""

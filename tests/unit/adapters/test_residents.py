@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,26 @@ def test_a_version_is_checked_in_small_steps(residents: Residents, tiny_models: 
 def tiny_models_layers(tiny_models: TinyModels) -> int:
     layers: int = json.loads((tiny_models.adapter / "config.json").read_text())["num_hidden_layers"]
     return layers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+def test_reading_gives_way_to_decoding(
+    residents: Residents, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float]] = []
+    read, usual_s = residents_module.read_adapter_lm, sys.getswitchinterval()
+
+    def noting(*args: Any, **options: Any) -> Any:
+        seen.append((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), sys.getswitchinterval()))
+        return read(*args, **options)
+
+    monkeypatch.setattr(residents_module, "read_adapter_lm", noting)
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    load(residents, tiny_models.adapter)
+    for thread in threading.enumerate():
+        if thread.name.startswith("load-"):
+            thread.join(30)
+    ((priority, interval_s),) = seen
+    assert (priority, interval_s < usual_s) == (19, True)
+    assert sys.getswitchinterval() == usual_s
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
