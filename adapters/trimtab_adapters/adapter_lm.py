@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,15 +68,13 @@ class PackedLM(Protocol):
 class AdapterLM(PackedLM):
     """A causal LM that computes next-token logits of many rows in one packed pass over the block pool.
 
-    Build it with `load_adapter_lm`. Passes of several threads wait for each other: a LoRA is tried in the background on
-    a LM that already serves others, and products may keep state between calls.
+    Build it with `load_adapter_lm`. Not safe for concurrent use.
     """
 
     def __init__(self, model: Any, device: torch.device, backend: Backend | None = None) -> None:
         backend = backend or Backend()
         self._model: Any = model
         self._lean: LeanDecoder | None = None
-        self._lock = threading.Lock()
         self.device = device
         self.config = config = model.config.get_text_config()
         num_heads = config.num_attention_heads
@@ -122,7 +119,7 @@ class AdapterLM(PackedLM):
         self,
         batch: PagedBatch,
         rows: Sequence[int] | None = None,
-        updates: Callable[[], LinearUpdates] | None = None,
+        updates: LinearUpdates | None = None,
     ) -> Tensor:
         """Run the packed new tokens of all rows; returns next-token logits of the named rows, `[len(rows), A]`.
 
@@ -131,27 +128,22 @@ class AdapterLM(PackedLM):
         Args:
             batch: The packed rows.
             rows: Places of the rows whose logits are wanted; None means all.
-            updates: Makes the LoRAs of this pass, while no other pass runs. Only where `lean` is what runs.
+            updates: The LoRAs of this pass. Only where `lean` is what runs.
         """
         wanted = batch.last_index
         if rows is not None:
             wanted = wanted[torch.as_tensor(rows, dtype=torch.long, device=self.device)]
-        with self._lock:
-            if self._lean is not None:
-                return self._lean.forward(batch, wanted, updates() if updates is not None else None)
-            output = self._model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=wanted,
-                trimtab_batch=batch,
-            )
+        if self._lean is not None:
+            return self._lean.forward(batch, wanted, updates)
+        output = self._model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=wanted,
+            trimtab_batch=batch,
+        )
         logits: Tensor = output.logits[0]
         return logits
-
-    def between_passes(self) -> threading.Lock:
-        """Held, it keeps passes from beginning."""
-        return self._lock
 
     @override
     def free(self) -> None:

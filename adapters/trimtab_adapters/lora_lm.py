@@ -54,7 +54,7 @@ class LoraLM(PackedLM):
         release, self._release = self._release, None
         if release is None:
             return
-        with self._trunk.between_passes():
+        with self.stacks.lock:
             self.stacks.discard(self.layers)
             self.layers.parts.clear()
         release()
@@ -63,10 +63,9 @@ class LoraLM(PackedLM):
 def forward_together(loras: Sequence[LoraLM], batch: PagedBatch, rows: Sequence[int] | None = None) -> Tensor:
     """`AdapterLM.forward` with a LoRA for each row of the batch; all have the same trunk."""
     first = loras[0]
-    layers = [lora.layers for lora in loras]
-    return first.trunk.forward(
-        batch, rows, lambda: LoraPass(first.stacks, layers, batch.num_new.tolist(), first.device)
-    )
+    with first.stacks.lock, torch.inference_mode():
+        updates = LoraPass(first.stacks, [lora.layers for lora in loras], batch.num_new.tolist(), first.device)
+        return first.trunk.forward(batch, rows, updates)
 
 
 def load_lora(
@@ -93,11 +92,11 @@ def load_lora(
     config, updates = read_lora(directory)
     check_modules(config, updates, lean.linears)
     layers = place_updates(updates, lean.places, trunk.geometry.dtype, trunk.device)
-    expected = _expected(trunk, DenseUpdates(updates, lean.places, trunk.device))
+    expected = _expected(trunk, stacks, DenseUpdates(updates, lean.places, trunk.device))
     if not bool(torch.isfinite(expected).all()):
         raise WeightsError(f"with this LoRA the LM gives NaN or infinite logits in {trunk.geometry.dtype}")
     # Beside its own opposite, which would take away all that it does if it leaked into its rows.
-    beside = LoraStacks(trunk.dense, trunk.device)
+    beside = LoraStacks(trunk.dense, trunk.device, stacks.lock)
     beside.stack_for([layers.opposite()])
     error = largest_error(LoraLM(trunk, layers, beside), expected)
     if not error <= self_test_tolerance(trunk.geometry.dtype):
@@ -108,7 +107,7 @@ def load_lora(
     return LoraLM(trunk, layers, stacks, release)
 
 
-def _expected(trunk: AdapterLM, updates: DenseUpdates) -> Tensor:
+def _expected(trunk: AdapterLM, stacks: LoraStacks, updates: DenseUpdates) -> Tensor:
     """Log-probabilities after half of the test's tokens, all but one, and all, `[3, A]`."""
     tokens = self_test_tokens(trunk).tolist()
     pool = KvPool(trunk.geometry, KvBudget(8 * trunk.geometry.block_bytes), trunk.device, min_blocks=8)
@@ -116,6 +115,7 @@ def _expected(trunk: AdapterLM, updates: DenseUpdates) -> Tensor:
     for count in (len(tokens) // 2, len(tokens) - 1, len(tokens)):
         sequence = SequenceCache(root=b"merged" + bytes([count]))
         pool.extend(sequence, tokens[:count])
-        parts.append(trunk.forward(trunk.batch(pool, [sequence], [count]), None, lambda: updates))
+        with stacks.lock:
+            parts.append(trunk.forward(trunk.batch(pool, [sequence], [count]), None, updates))
         pool.discard(sequence)
     return torch.log_softmax(torch.cat(parts).float(), dim=-1)
