@@ -119,7 +119,7 @@ class AdapterLM(PackedLM):
         self,
         batch: PagedBatch,
         rows: Sequence[int] | None = None,
-        updates: Callable[[], LinearUpdates] | None = None,
+        updates: LinearUpdates | None = None,
     ) -> Tensor:
         """Run the packed new tokens of all rows; returns next-token logits of the named rows, `[len(rows), A]`.
 
@@ -128,13 +128,13 @@ class AdapterLM(PackedLM):
         Args:
             batch: The packed rows.
             rows: Places of the rows whose logits are wanted; None means all.
-            updates: Makes the LoRAs of this pass. Only where `lean` is what runs.
+            updates: The LoRAs of this pass. Only where `lean` is what runs.
         """
         wanted = batch.last_index
         if rows is not None:
             wanted = wanted[torch.as_tensor(rows, dtype=torch.long, device=self.device)]
         if self._lean is not None:
-            return self._lean.forward(batch, wanted, updates() if updates is not None else None)
+            return self._lean.forward(batch, wanted, updates)
         output = self._model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],

@@ -62,10 +62,9 @@ class LoraLM(PackedLM):
 def forward_together(loras: Sequence[LoraLM], batch: PagedBatch, rows: Sequence[int] | None = None) -> Tensor:
     """`AdapterLM.forward` with a LoRA for each row of the batch; all have the same trunk."""
     first = loras[0]
-    layers = [lora.layers for lora in loras]
-    return first.trunk.forward(
-        batch, rows, lambda: LoraPass(first.stacks, layers, batch.num_new.tolist(), first.device)
-    )
+    with torch.inference_mode():
+        updates = LoraPass(first.stacks, [lora.layers for lora in loras], batch.num_new.tolist(), first.device)
+        return first.trunk.forward(batch, rows, updates)
 
 
 def check_lora(
@@ -120,7 +119,7 @@ def _expected(trunk: AdapterLM, updates: DenseUpdates) -> Generator[None, None, 
     for count in (len(tokens) // 2, len(tokens) - 1, len(tokens)):
         sequence = SequenceCache(root=b"merged" + bytes([count]))
         pool.extend(sequence, tokens[:count])
-        parts.append(trunk.forward(trunk.batch(pool, [sequence], [count]), None, lambda: updates))
+        parts.append(trunk.forward(trunk.batch(pool, [sequence], [count]), None, updates))
         pool.discard(sequence)
         yield
     return torch.log_softmax(torch.cat(parts).float(), dim=-1)

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from trimtab_adapters.contract.errors import AdapterMemoryFullError, AdapterTooLargeError
-from trimtab_adapters.contract.lora import PEFT_WEIGHTS_FILE
-from trimtab_adapters.contract.manifest import Manifest
+from trimtab_adapters.contract.manifest import LORA_WEIGHTS_FILE, Manifest
 from trimtab_adapters.weights_file import tensor_bytes
 
 
@@ -90,13 +89,13 @@ def added_bytes(manifest: Manifest, directory: Path, dtype: torch.dtype | None) 
     """
     names = [name for name in manifest.files if name.endswith(".safetensors")]
     if manifest.lora is not None:
-        names = [PEFT_WEIGHTS_FILE]
+        names = [LORA_WEIGHTS_FILE]
     return _bytes([directory / name for name in names], dtype)
 
 
 def trunk_bytes(directory: Path, dtype: torch.dtype | None) -> int:
     """Bytes of the LM under the LoRA of a version directory, as `added_bytes` counts them."""
-    return _bytes([path for path in directory.glob("*.safetensors") if path.name != PEFT_WEIGHTS_FILE], dtype)
+    return _bytes([path for path in directory.glob("*.safetensors") if path.name != LORA_WEIGHTS_FILE], dtype)
 
 
 def _bytes(files: Sequence[Path], dtype: torch.dtype | None) -> int:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from steering_reference import VOCAB_SIZE, base_description, live_bytes, load, params, wait
 from tiny_models import TinyModels, write_llama, write_manifest, write_tokenizer
 from trimtab_adapters import residents as residents_module
-from trimtab_adapters.adapter_lm import Backend, load_adapter_lm
+from trimtab_adapters.adapter_lm import Backend, load_adapter_lm, read_adapter_lm
 from trimtab_adapters.contract.errors import AdapterError, ConflictError, NotFoundError
 from trimtab_adapters.dense_ops import Linear, TorchOps
 from trimtab_adapters.residents import Residents
@@ -234,7 +234,7 @@ def test_reading_gives_way_to_decoding(
     residents: Residents, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, float]] = []
-    read, usual_s = residents_module.read_adapter_lm, sys.getswitchinterval()
+    read, usual_s = read_adapter_lm, sys.getswitchinterval()
 
     def noting(*args: Any, **options: Any) -> Any:
         seen.append((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), sys.getswitchinterval()))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_directories import write_lora, write_model
 from steering_reference import base_description
 from tiny_models import TinyModels, write_manifest
 from trimtab_adapters import residents as residents_module
@@ -17,7 +18,8 @@ from trimtab_adapters.contract.engine_api import LoadedVersion
 from trimtab_adapters.contract.errors import AdapterMemoryFullError, AdapterTooLargeError
 from trimtab_adapters.contract.manifest import read_manifest
 from trimtab_adapters.residents import Residents
-from trimtab_adapters.weight_budget import WeightBudget, added_bytes
+from trimtab_adapters.store import VersionStore
+from trimtab_adapters.weight_budget import WeightBudget, added_bytes, trunk_bytes
 
 
 def build(tiny_models: TinyModels, budget: int | None, **options: Any) -> Residents:
@@ -59,6 +61,29 @@ def test_reservations_are_bounded_and_given_back() -> None:
     one.release()
     one.release()
     assert budget.used_bytes == 5
+
+
+def test_loras_of_one_lm_pay_for_it_once_and_are_refused_before_it_is_read_again(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, store = write_model(tmp_path / "trunk", "Llama", seed=1), VersionStore(tmp_path / "store")
+    found = [store.add(write_lora(tmp_path / f"l{n}", trunk, seed=n), name=f"l{n}", trunk=trunk) for n in range(3)]
+    own = added_bytes(*found[0], torch.float32)
+    shared = trunk_bytes(found[0][1], torch.float32)
+    assert 0 < own < shared
+    residents = build(tiny_models, shared + 2 * own)
+    states = []
+    for manifest, path in found:
+        residents.prepare(manifest.version_id, str(path))
+        states.append(wait(residents, manifest.version_id))
+        monkeypatch.setattr(residents_module, "read_adapter_lm", None)  # nobody may read the trunk again
+    assert [status.state for status in states] == ["prepared", "prepared", "failed"]
+    assert [status.weight_bytes for status in states] == [own] * 3
+    assert states[2].error_code == "adapter_memory_full"
+    assert residents.weight_status().used_bytes == shared + 2 * own
+    for manifest, _ in found:
+        residents.retire(manifest.version_id)
+    assert residents.weight_status().used_bytes == 0
 
 
 def test_what_the_headers_say_is_what_loading_takes(tiny_models: TinyModels) -> None:
