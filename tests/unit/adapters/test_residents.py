@@ -16,7 +16,7 @@ from typing_extensions import override
 from steering_reference import VOCAB_SIZE, base_description, load, params
 from tiny_models import TinyModels, write_llama, write_manifest, write_tokenizer
 from trimtab_adapters import residents as residents_module
-from trimtab_adapters.adapter_lm import Backend, load_adapter_lm
+from trimtab_adapters.adapter_lm import Backend, load_adapter_lm, read_adapter_lm
 from trimtab_adapters.contract.errors import AdapterError, ConflictError, NotFoundError
 from trimtab_adapters.dense_ops import Linear, TorchOps
 from trimtab_adapters.residents import Residents
@@ -215,7 +215,12 @@ def test_the_engines_operators_are_used_on_the_workers_thread_alone(tiny_models:
         def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
             threads.add(threading.get_ident())
             product = super().linear(weight, bias)
-            return lambda x: (threads.add(threading.get_ident()), product(x))[1]
+
+            def noting(x: torch.Tensor) -> torch.Tensor:
+                threads.add(threading.get_ident())
+                return product(x)
+
+            return noting
 
     base = base_description(tiny_models.base)
     residents = Residents(base, CPU, kv_bytes=1 << 24, dtype=torch.float32, backend=Backend(dense=Recording()))
@@ -245,7 +250,7 @@ def test_reading_gives_way_to_decoding(
     residents: Residents, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, float]] = []
-    read, usual_s = residents_module.read_adapter_lm, sys.getswitchinterval()
+    read, usual_s = read_adapter_lm, sys.getswitchinterval()
 
     def noting(*args: Any, **options: Any) -> Any:
         seen.append((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), sys.getswitchinterval()))

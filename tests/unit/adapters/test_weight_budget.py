@@ -12,6 +12,7 @@ import torch
 from steering_reference import base_description
 from tiny_models import TinyModels, write_manifest
 from trimtab_adapters import residents as residents_module
+from trimtab_adapters.adapter_lm import read_adapter_lm
 from trimtab_adapters.contract.engine_api import LoadedVersion
 from trimtab_adapters.contract.errors import AdapterMemoryFullError, AdapterTooLargeError
 from trimtab_adapters.contract.manifest import read_manifest
@@ -107,7 +108,7 @@ def test_one_that_turns_out_larger_is_refused_and_its_memory_given_back(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed = []
-    load = residents_module.read_adapter_lm
+    load = read_adapter_lm
 
     def swollen(*args: Any, **options: Any) -> Any:
         unchecked = load(*args, **options)
@@ -128,7 +129,7 @@ def test_one_that_turns_out_larger_is_refused_and_its_memory_given_back(
 def test_two_that_load_at_once_do_not_both_take_the_last_room(
     tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, load = threading.Event(), residents_module.read_adapter_lm
+    gate, load = threading.Event(), read_adapter_lm
 
     def slow(*args: Any, **options: Any) -> Any:
         gate.wait(30)
@@ -151,7 +152,7 @@ def test_two_that_load_at_once_do_not_both_take_the_last_room(
 def test_a_version_retired_while_it_loads_leaves_nothing_taken(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, load = threading.Event(), residents_module.read_adapter_lm
+    gate, load = threading.Event(), read_adapter_lm
 
     def slow(*args: Any, **options: Any) -> Any:
         gate.wait(30)
