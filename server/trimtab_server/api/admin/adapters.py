@@ -106,17 +106,6 @@ def build_adapters_router(
     async def show(name: str, version: str) -> JsonAnswer:
         return JsonAnswer(answer(catalog.state.version_of(name, version)))
 
-    @router.put("/{name}/versions/{version}/pin")
-    async def pin(name: str, version: str) -> JsonAnswer:
-        catalog.state.choose(name, version)
-        await before_pin(version)
-        return JsonAnswer(answer(await catalog.pin_version(name, version)))
-
-    @router.delete("/{name}/versions/{version}/pin")
-    async def unpin(name: str, version: str) -> Response:
-        await catalog.unpin_version(name, version)
-        return Response(status_code=204)
-
     @router.post("/{name}/versions/{version}/retire")
     async def retire(name: str, version: str) -> JsonAnswer:
         retired = await catalog.retire_version(name, version)
@@ -127,7 +116,26 @@ def build_adapters_router(
             logger.warning("the engine could not free version %s: %s", version, exc.message)
         return JsonAnswer(answer(retired))
 
+    _add_pins(router, catalog, before_pin, answer)
     return router
+
+
+def _add_pins(
+    router: APIRouter,
+    catalog: SqlCatalog,
+    before_pin: BeforeSwitch,
+    answer: Callable[[AdapterVersion], dict[str, Any]],
+) -> None:
+    @router.put("/{name}/versions/{version}/pin")
+    async def pin(name: str, version: str) -> JsonAnswer:
+        catalog.state.choose(name, version)
+        await before_pin(version)
+        return JsonAnswer(answer(await catalog.pin_version(name, version)))
+
+    @router.delete("/{name}/versions/{version}/pin")
+    async def unpin(name: str, version: str) -> Response:
+        await catalog.unpin_version(name, version)
+        return Response(status_code=204)
 
 
 def version_object(version: AdapterVersion, routes: Sequence[str], residency: VersionResidency) -> dict[str, Any]:
