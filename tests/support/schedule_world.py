@@ -7,7 +7,7 @@ a schedule of thousands of steps only looks it up.
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from typing_extensions import override
 
 from tiny_models import write_manifest, write_tokenizer
-from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
+from trimtab_adapters.adapter_lm import AdapterLM, UncheckedLM, load_adapter_lm
 from trimtab_adapters.contract.manifest import read_vocabulary, vocabulary_fingerprint
+from trimtab_adapters.kv_pool import BLOCK_SIZE
 from trimtab_adapters.residents import BaseModel, Residents
+from trimtab_adapters.vllm import engine_config
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 44
@@ -28,6 +31,10 @@ VOCAB_SIZE = 48
 """Width of the base's logits: padded, so that the floor for unknown ids is at work."""
 SCRIPT_LENGTH = 72
 """Tokens of a script: four and a half blocks."""
+HEAD_DIM = 32
+"""The smallest that vLLM's CPU attention takes."""
+BLOCK_BYTES = 2 * BLOCK_SIZE * HEAD_DIM * 4
+"""Keys and values of one block in float32, one layer with one head: the experts' smallest block."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +52,29 @@ class Expert:
     table: Tensor
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Blocks of 16 that prefix and tokens take when nothing is shared."""
-        return -(-(self.num_prefix + num_tokens) // 16)
+        """Blocks that prefix and tokens take when nothing is shared."""
+        return -(-(self.num_prefix + num_tokens) // BLOCK_SIZE)
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(UncheckedLM):
     """An adapter LM that needs no check any more."""
 
-    adapter: AdapterLM
+    def __init__(self, adapter: AdapterLM) -> None:
+        self._adapter = adapter
 
-    def check(self) -> Iterator[None]:
-        return iter(())
+    @property
+    @override
+    def shape(self) -> AdapterLM:
+        return self._adapter
+
+    @override
+    def check(self) -> Generator[None, None, AdapterLM]:
+        yield
+        return self._adapter
+
+    @override
+    def free(self) -> None:
+        self._adapter.free()
 
 
 @dataclass(frozen=True)
@@ -67,16 +85,19 @@ class World:
     experts: list[Expert]
     base: BaseModel
     base_logits: Tensor
-    loaded: dict[Path, AdapterLM] = field(default_factory=dict)
+    loaded: dict[tuple[Path, bool], AdapterLM] = field(default_factory=dict)
 
-    def build_residents(self, kv_bytes: int) -> Residents:
-        return Residents(self.base, CPU, kv_bytes=kv_bytes, dtype=torch.float32)
+    def build_residents(self, kv_bytes: int, *, has_engine_backend: bool) -> Residents:
+        """With vLLM's CPU operators as the engine has them, or plain PyTorch."""
+        backend = engine_config.backend_for(CPU) if has_engine_backend else None
+        return Residents(self.base, CPU, kv_bytes=kv_bytes, dtype=torch.float32, backend=backend)
 
     def read_adapter_lm(self, directory: Path, *args: Any, **options: Any) -> "Checked":
         """Stands in for the loader of the same name: reads and checks a directory once and hands out copies."""
-        if directory not in self.loaded:
-            self.loaded[directory] = load_adapter_lm(directory, *args, **options)
-        return Checked(copy.deepcopy(self.loaded[directory]))
+        key = (directory, options["backend"] is not None)
+        if key not in self.loaded:
+            self.loaded[key] = load_adapter_lm(directory, *args, **options)
+        return Checked(copy.deepcopy(self.loaded[key]))
 
 
 def make_scripts(num_families: int = 6, num_tails: int = 4) -> list[list[int]]:
@@ -103,6 +124,7 @@ def _llama(vocab_size: int) -> LlamaForCausalLM:
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
+            head_dim=HEAD_DIM,
             max_position_embeddings=128,
             tie_word_embeddings=False,
             bos_token_id=0,
@@ -113,7 +135,7 @@ def _llama(vocab_size: int) -> LlamaForCausalLM:
 
 def _gpt2() -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=NUM_TOKENS, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+        vocab_size=NUM_TOKENS, n_embd=2 * HEAD_DIM, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
     )
     return GPT2LMHeadModel(config)
 

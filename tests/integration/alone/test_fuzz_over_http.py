@@ -27,8 +27,8 @@ FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", DEFAULT_SECONDS))
 NUM_CLIENTS = 12
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 32 * 4
 """Keys and values of 16 tokens in float32: two layers with two heads of 32."""
-NUM_BLOCKS = 48
-"""Of the adapter LMs: three of the longest rows, so that a dozen rows must take blocks from each other."""
+NUM_BLOCKS = 24
+"""Of the adapter LMs: more than the longest row, so that none fails, and so few that rows take each other's."""
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(FUZZ_SECONDS + 300)]
 
