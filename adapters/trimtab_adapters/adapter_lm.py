@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class PackedLM(Protocol):
     """Memory of its own weights; of a LoRA without the LM that it shares."""
 
     @property
-    def trunk(self) -> "AdapterLM":
+    def trunk(self) -> "PackedLM":
         """The LM that runs. Versions with the same one run in one pass."""
 
     def batch(self, pool: KvPool, sequences: Sequence[SequenceCache], num_new: Sequence[int]) -> PagedBatch:
@@ -153,9 +153,12 @@ class AdapterLM(PackedLM):
             for tensor in (*self._model.parameters(), *self._model.buffers()):
                 tensor.data = tensor.data.new_empty(0)
 
-    def use_lean(self) -> None:
-        """Run the layers by our own code from now on."""
-        self._lean = LeanDecoder(self._model, self.dense)
+    def use_lean(self) -> Iterator[None]:
+        """Run the layers by our own code, from the end of this iterator on."""
+        lean = LeanDecoder(self._model, self.dense)
+        yield
+        yield from lean.build()
+        self._lean = lean
 
     def use_modules(self) -> None:
         """Run transformers' modules with our attention from now on."""
@@ -168,6 +171,59 @@ class AdapterLM(PackedLM):
             self._model = None
 
 
+class UncheckedLM(Protocol):
+    """Weights that were read, and that have not run on the engine's operators yet."""
+
+    @property
+    def shape(self) -> PackedLM:
+        """Tells widths, lengths and geometry. Of no other use before the check is over."""
+
+    def check(self) -> Generator[None, None, PackedLM]:
+        """Prepare the weights for the engine's operators and compare what they give with the truth, in small steps.
+
+        Every step must run on the thread that decodes, between two decoding steps: vLLM's CPU operators share scratch
+        memory, so that two threads in them at once corrupt each other's numbers or end the process.
+
+        Returns:
+            What can be used.
+
+        Raises:
+            AdapterError: The results are wrong here.
+        """
+
+    def free(self) -> None:
+        """Give the memory back when the check is not wanted, or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class UncheckedAdapterLM(UncheckedLM):
+    """An adapter LM that was read, and what its own implementation says.
+
+    Attributes:
+        adapter: It.
+        model: The transformers model.
+        expected: `[3, A]`, see `_expected`.
+    """
+
+    adapter: AdapterLM
+    model: Any
+    expected: Tensor
+
+    @property
+    @override
+    def shape(self) -> AdapterLM:
+        return self.adapter
+
+    @override
+    def check(self) -> Generator[None, None, AdapterLM]:
+        yield from _choose_implementation(self.adapter, self.model, self.expected)
+        return self.adapter
+
+    @override
+    def free(self) -> None:
+        self.adapter.free()
+
+
 def load_adapter_lm(
     directory: Path,
     device: torch.device,
@@ -176,7 +232,22 @@ def load_adapter_lm(
     backend: Backend | None = None,
     change: Callable[[Any], None] | None = None,
 ) -> AdapterLM:
-    """Load an adapter LM from a directory and check that it works here before anybody depends on it.
+    """Load an adapter LM from a directory and check it, both at once. Arguments and errors as of `read_adapter_lm`."""
+    unchecked = read_adapter_lm(directory, device, dtype=dtype, backend=backend, change=change)
+    for _ in unchecked.check():
+        pass
+    return unchecked.adapter
+
+
+def read_adapter_lm(
+    directory: Path,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+    change: Callable[[Any], None] | None = None,
+) -> UncheckedAdapterLM:
+    """Read an adapter LM from a directory. May run on any thread: only PyTorch's own operators are used.
 
     Args:
         directory: `config.json` and safetensors weights.
@@ -212,12 +283,11 @@ def load_adapter_lm(
     try:
         _refuse_hidden_attention(model.config.get_text_config())
         adapter = AdapterLM(model, device, backend)
+        return UncheckedAdapterLM(adapter, model, _expected(adapter, model))
     except AdapterError:
         raise
     except Exception as exc:
         raise AdapterError(f"a {model.config.model_type} model cannot be run as an adapter LM: {exc}") from exc
-    _choose_implementation(adapter, model)
-    return adapter
 
 
 def _refuse_hidden_attention(config: Any) -> None:
@@ -248,7 +318,7 @@ def _check_weights(model: Any, report: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
+def _choose_implementation(adapter: AdapterLM, model: Any, expected: Tensor) -> Iterator[None]:
     """Take our own layers where they are written and right for this model, else transformers' with our attention.
 
     Raises:
@@ -257,16 +327,15 @@ def _choose_implementation(adapter: AdapterLM, model: Any) -> None:
     family, dtype = model.config.model_type, adapter.geometry.dtype
     tolerance = self_test_tolerance(dtype)
     try:
-        expected = _expected(adapter, model)
         if LeanDecoder.supports(model):
-            adapter.use_lean()
-            error = largest_error(adapter, expected)
+            yield from adapter.use_lean()
+            error = yield from largest_error(adapter, expected)
             if error <= tolerance:
                 adapter.drop_modules()
                 return
             logger.warning("our layers differ by %.3g nats from those of %s; they are not used", error, family)
         adapter.use_modules()
-        error = largest_error(adapter, expected)
+        error = yield from largest_error(adapter, expected)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as exc:
         raise AdapterError(f"a {family} model cannot be run as an adapter LM: {exc}") from exc
     if not error <= tolerance:
@@ -286,6 +355,7 @@ def self_test_tokens(adapter: PackedLM) -> Tensor:
     return torch.arange(min(_SELF_TEST_TOKENS, adapter.max_length)) * 7919 % adapter.num_logits
 
 
+@torch.inference_mode()
 def _expected(adapter: AdapterLM, model: Any) -> Tensor:
     """Log-probabilities of the model's own forward pass after half of the tokens, all but one, and all, `[3, A]`."""
     ids = self_test_tokens(adapter)
@@ -305,12 +375,15 @@ def _refuse_hidden_window(config: Any, windows: set[int | None]) -> None:
         raise AdapterError(f"the sliding window of a {config.model_type} model is in its mask alone: not supported")
 
 
-def largest_error(adapter: PackedLM, expected: Tensor) -> float:
+def largest_error(adapter: PackedLM, expected: Tensor) -> Generator[None, None, float]:
     """Largest difference of log-probabilities when the tokens come in chunks and one by one, beside a second row.
 
     Args:
         adapter: What is tried.
         expected: `[3, A]` log-probabilities after half of the test's tokens, all but one, and all.
+
+    Returns:
+        It, at the end of the iterator, whose steps are the passes.
     """
     tokens = self_test_tokens(adapter).tolist()
     length, middle = len(tokens), len(tokens) // 2
@@ -320,9 +393,11 @@ def largest_error(adapter: PackedLM, expected: Tensor) -> float:
     pool.extend(halves, tokens[:middle])
     batches = [adapter.batch(pool, [whole, halves], [length - 1, middle])]
     parts = [adapter.forward(batches[-1])]
+    yield
     pool.extend(halves, tokens[middle:-1])
     batches.append(adapter.batch(pool, [halves], [length - 1 - middle]))
     parts.append(adapter.forward(batches[-1]))
+    yield
     for sequence in (whole, halves):
         pool.extend(sequence, tokens[-1:])
     batches.append(adapter.batch(pool, [whole, halves], [1, 1]))

@@ -71,8 +71,14 @@ class AdapterPasses:
                 for part in apart.values():
                     self._prefill_group(part)
 
-    def run(self, members: Sequence[Member]) -> dict[VersionId, LogprobTable]:
-        """Next-token log-probabilities of each version over its rows. Rows that fail here get their `error`."""
+    def run(self, members: Sequence[Member], bystanders: Sequence[Term] = ()) -> dict[VersionId, LogprobTable]:
+        """Next-token log-probabilities of each version over its rows. Rows that fail here get their `error`.
+
+        Args:
+            members: Rows and terms to compute.
+            bystanders: Terms of open rows that are not computed now. When a pool is full, theirs is the first cache
+                that is given up; else a prompt that was read ahead would make rows fail that are due.
+        """
         groups: dict[int, list[Member]] = {}
         for row, term in members:
             groups.setdefault(id(term.resident.adapter.trunk), []).append((row, term))
@@ -82,7 +88,8 @@ class AdapterPasses:
             if not alive:
                 continue
             pool = group[0][1].resident.pool
-            victims = [
+            victims = [term.cache for term in bystanders if term.resident.pool is pool]
+            victims += [
                 term.cache
                 for other, others in groups.items()
                 if other != trunk and others[0][1].resident.pool is pool

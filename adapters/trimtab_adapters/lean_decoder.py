@@ -10,6 +10,7 @@ A pass may name `LinearUpdates`, LoRAs that change what the products give, each 
 Letters: T new tokens of all rows, E hidden size, H query heads, K key/value heads, D head size, A width of the logits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class _Layer:
 
 
 class LeanDecoder:
-    """A decoder of one of `FAMILIES`, built from a transformers model whose matrices it takes over.
+    """A decoder of one of `FAMILIES`, built from a transformers model whose matrices it takes over; see `build`.
 
     Args:
         model: The transformers model. Its large weights may be freed afterwards: what is needed is kept here.
@@ -67,7 +68,6 @@ class LeanDecoder:
         self._embedding: Tensor = decoder.embed_tokens.weight.detach()
         self._final_norm: Tensor = decoder.norm.weight.detach()
         self._head = _linear(ops, model.lm_head)
-        self._layers = [_layer(ops, layer, config) for layer in decoder.layers]
         self.linears: dict[str, tuple[int, int]] = {}
         """Widths (out, in) of the linear layers that a LoRA may change, by their names in transformers' model."""
         self.places: dict[str, tuple[Site, int, int]] = {}
@@ -81,6 +81,16 @@ class LeanDecoder:
                     self.linears[name] = (width, width_in)
                     self.places[name] = ((number, site), begin, begin + width)
                     begin += width
+        self._layers: list[_Layer] = []
+        self._sources = (decoder.layers, config)
+
+    def build(self) -> Iterator[None]:
+        """Take over the layers, one at each step: laying matrices out anew takes time that others may want between."""
+        layers, config = self._sources
+        for layer in layers:
+            self._layers.append(_layer(self._ops, layer, config))
+            yield
+        self._sources = ((), None)
 
     @staticmethod
     def supports(model: Any) -> bool:

@@ -9,7 +9,6 @@ Rows with many tokens of their own, prompts, are done one LoRA at a time.
 Letters: T new tokens of all rows, S of them in the stack, C its columns (the ranks of all LoRAs), r rank.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -146,14 +145,9 @@ class LoraStacks:
 
     One with LoRAs that are not used costs time, making one costs more. So it grows when a LoRA comes that is not in it,
     and shrinks only now and then.
-
-    Attributes:
-        lock: Held during a pass on the trunk and while this is used. A LoRA is tried in the background on a trunk that
-            serves others, and an engine's products may keep state between calls.
     """
 
-    def __init__(self, ops: DenseOps, device: torch.device, lock: "threading.Lock | None" = None) -> None:
-        self.lock = lock or threading.Lock()
+    def __init__(self, ops: DenseOps, device: torch.device) -> None:
         self._ops = ops
         self._device = device
         self._stack: LoraStack | None = None

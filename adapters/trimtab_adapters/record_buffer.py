@@ -12,7 +12,8 @@ from trimtab_adapters.contract.records import Alternative, Alternatives, Steerin
 from trimtab_adapters.steering import SteeredRow, StepResult
 
 MAX_BUFFERED_TOKENS = 4_000_000
-"""Beyond this many recorded tokens the oldest records are dropped: their requests were never asked about."""
+"""Beyond this many recorded tokens the oldest records are dropped: their requests were never asked about. Each
+alternative of an explanation counts as a token, on either side."""
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class _Recording:
     """One record in the making. `num_tokens` counts steered tokens; the lists stay empty unless they were asked for."""
 
     num_tokens: int = 0
+    size_per_token: int = 1
     error: str | None = None
     token_ids: list[int] = field(default_factory=list)
     base: list[float] = field(default_factory=list)
@@ -67,7 +69,7 @@ class RecordBuffer:
 
     def __init__(self, max_tokens: int = MAX_BUFFERED_TOKENS) -> None:
         self._max_tokens = max_tokens
-        self._num_tokens = 0
+        self._size = 0
         self._recordings: OrderedDict[str, _Recording] = OrderedDict()
 
     def observe(self, result: StepResult, sampled_token_ids: Tensor) -> None:
@@ -82,17 +84,18 @@ class RecordBuffer:
         for row in result.rows:
             recording = self._recording(row)
             if recording.num_tokens > row.num_output_tokens:
-                self._num_tokens -= recording.num_tokens - row.num_output_tokens
+                self._size -= (recording.num_tokens - row.num_output_tokens) * recording.size_per_token
                 recording.cut(row.num_output_tokens)
             elif recording.num_tokens < row.num_output_tokens and recording.error is None:
                 recording.error = "the engine sampled tokens of this request without steering or dropped their record"
             recording.num_tokens += 1
-            self._num_tokens += 1
+            self._size += recording.size_per_token
         asked = [place for place, row in enumerate(result.rows) if row.params.record]
         if asked:
             self._measure(result, sampled_token_ids, asked)
-        while self._num_tokens > self._max_tokens and len(self._recordings) > 1:
-            self._num_tokens -= self._recordings.popitem(last=False)[1].num_tokens
+        while self._size > self._max_tokens and len(self._recordings) > 1:
+            _, oldest = self._recordings.popitem(last=False)
+            self._size -= oldest.num_tokens * oldest.size_per_token
 
     def _measure(self, result: StepResult, sampled_token_ids: Tensor, asked: Sequence[int]) -> None:
         """Values at the sampled tokens of the rows that asked for them; all `[len(asked)]`."""
@@ -142,7 +145,8 @@ class RecordBuffer:
                 recording.alternatives.append(alternatives[place])
 
     def _recording(self, row: SteeredRow) -> _Recording:
-        return self._recordings.setdefault(row.params.uid, _Recording())
+        size = 1 + 2 * (row.params.num_alternatives or 0)
+        return self._recordings.setdefault(row.params.uid, _Recording(size_per_token=size))
 
     def take(self, uids: Sequence[str]) -> list[SteeringRecord]:
         """Remove and return the records of these candidates; unknown ones are left out."""
@@ -151,7 +155,7 @@ class RecordBuffer:
             recording = self._recordings.pop(uid, None)
             if recording is None:
                 continue
-            self._num_tokens -= recording.num_tokens
+            self._size -= recording.num_tokens * recording.size_per_token
             taken.append(recording.record(uid))
         return taken
 

@@ -1,24 +1,29 @@
 """Adapter versions in an engine's memory: prepare, commit, retire.
 
-Prepare loads and validates a version in a background thread while decoding goes on. Commit makes it usable by putting
+Prepare reads a version in a background thread while decoding goes on, and checks it in small steps on the worker's own
+thread, because an engine's operators need not be safe for two threads. Commit makes it usable by putting
 a pointer into a dictionary, between two steps. Retire takes it out; the memory goes with the last row that holds it.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab_adapters.adapter_lm import Backend, PackedLM, load_adapter_lm
+from trimtab_adapters.adapter_lm import Backend, PackedLM, UncheckedAdapterLM, UncheckedLM, read_adapter_lm
+from trimtab_adapters.background import in_background
 from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, VersionActivity, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
+    AdapterTooLargeError,
     ConflictError,
     ManifestError,
     NotFoundError,
@@ -30,8 +35,15 @@ from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.kv_pool import BLOCK_SIZE, KvBudget, KvGeometry, KvPool, PoolExhaustedError, SequenceCache
 from trimtab_adapters.packed_rows import PackedRow, PackedRows
 from trimtab_adapters.trunks import Trunks
+from trimtab_adapters.weight_budget import Reservation, WeightBudget, added_bytes
 
 logger = logging.getLogger(__name__)
+
+MEMORY_CODES = (AdapterMemoryFullError.default_code, AdapterTooLargeError.default_code)
+
+
+_CHECK_SLICE_S = 0.005
+"""How long one `poll` may go on checking a version that was read; a step of the check may take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,7 @@ class ResidentVersion:
         self.cache_root = bytes.fromhex(manifest.digest)
         self.num_rows = 0
         self.is_usable = True
+        self.reservation: Reservation | None = None
         self.activity = Activity()
 
     def next_token_logits(
@@ -119,11 +132,37 @@ class ResidentVersion:
         )
 
 
+@dataclass(slots=True)
+class _Load:
+    """A version on its way in: read in a thread, then checked step by step on the worker's own."""
+
+    reservation: Reservation
+    future: Future[tuple[Manifest, UncheckedLM]]
+    check: Generator[None, None, PackedLM] | None = None
+
+    def drop(self) -> None:
+        """Throw away what nobody wants any more; reading goes on to its end, because a thread cannot be stopped."""
+        self.future.add_done_callback(lambda _: self._free())
+
+    def _free(self) -> None:
+        if self.future.exception() is None:
+            self.future.result()[1].free()
+        self.reservation.release()
+
+
 class Residents:
     """The versions in memory and the pools that they share.
 
     `committed` is the mapping that the steering core reads. All methods are called from the engine's one worker
     thread; only loading itself happens in a background thread.
+
+    Args:
+        base: What adapters must fit.
+        device: Where they run.
+        kv_bytes: Budget of their KV cache.
+        weight_bytes: Budget of their weights; None means no bound.
+        dtype: Type of weights and cache; each directory's own when None.
+        backend: What the engine offers to compute with.
     """
 
     def __init__(
@@ -132,6 +171,7 @@ class Residents:
         device: torch.device,
         *,
         kv_bytes: int,
+        weight_bytes: int | None = None,
         dtype: torch.dtype | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -140,10 +180,10 @@ class Residents:
         self.dtype = dtype
         self.backend = backend
         self.budget = KvBudget(kv_bytes)
-        self._load_lm = partial(load_adapter_lm, device=device, dtype=dtype, backend=backend)
-        self._trunks = Trunks(self._load_lm)
+        self.weights = WeightBudget(weight_bytes)
+        self._trunks = Trunks(self._read_lm, self.weights, dtype)
         self.committed: dict[VersionId, ResidentVersion] = {}
-        self._loading: dict[VersionId, tuple[str, Future[tuple[Manifest, PackedLM]]]] = {}
+        self._loading: dict[VersionId, _Load] = {}
         self._prepared: dict[VersionId, ResidentVersion] = {}
         self._retiring: dict[VersionId, ResidentVersion] = {}
         self._failed: dict[VersionId, LoadedVersion] = {}
@@ -157,37 +197,51 @@ class Residents:
             self._prepared[version] = self._retiring.pop(version)
             return
         self._failed.pop(version, None)
-        future: Future[tuple[Manifest, PackedLM]] = Future()
-        self._loading[version] = (path, future)
-        thread = threading.Thread(
-            target=self._load, args=(version, Path(path), future), name=f"load-{version}", daemon=True
-        )
-        thread.start()
+        load = self._loading[version] = _Load(self.weights.reserve(), Future())
+        threading.Thread(
+            target=self._read_quietly, args=(version, Path(path), load), name=f"load-{version}", daemon=True
+        ).start()
 
-    def _load(self, version: VersionId, path: Path, future: "Future[tuple[Manifest, PackedLM]]") -> None:
+    def _read_lm(self, directory: Path, *, change: Callable[[Any], None] | None = None) -> UncheckedAdapterLM:
+        return read_adapter_lm(directory, self.device, dtype=self.dtype, backend=self.backend, change=change)
+
+    def _read_quietly(self, version: VersionId, path: Path, load: _Load) -> None:
+        with in_background():
+            self._read(version, path, load)
+
+    def _read(self, version: VersionId, path: Path, load: _Load) -> None:
+        """Everything that does not need the engine's operators, in a thread of its own."""
         try:
             manifest = read_manifest(path)
             if manifest.version_id != version:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
-            adapter = self._load_lm(path) if manifest.lora is None else self._trunks.load(manifest, path)
+            load.reservation.resize(added_bytes(manifest, path, self.dtype))
+            if manifest.lora is None:
+                unchecked: UncheckedLM = self._read_lm(path)
+            else:
+                unchecked = self._trunks.read(manifest, path, load.reservation)
             try:
-                check_fit(manifest, adapter, self.base)
-            except AdapterError:
-                adapter.free()
+                check_fit(manifest, unchecked.shape, self.base)
+                if manifest.lora is None:
+                    load.reservation.resize(unchecked.shape.weight_bytes)
+            except TrimtabError:
+                unchecked.free()
                 raise
-            future.set_result((manifest, adapter))
         except Exception as exc:  # noqa: BLE001 - handed to the caller of `poll`, which translates it
-            future.set_exception(exc)
+            load.reservation.release()
+            load.future.set_exception(exc)
+            return
+        load.future.set_result((manifest, unchecked))
 
     def poll(self, version: VersionId) -> LoadedVersion:
-        """State of a version that was prepared.
+        """State of a version that was prepared. One that was read is checked here, a few milliseconds at each call.
 
         Raises:
             NotFoundError: It was never prepared here, or was freed.
         """
-        if version in self._loading and self._loading[version][1].done():
-            self._finish_loading(version)
+        if version in self._loading and self._loading[version].future.done():
+            self._check(version)
         for state, group in (
             ("committed", self.committed),
             ("prepared", self._prepared),
@@ -198,24 +252,35 @@ class Residents:
         if version in self._failed:
             return self._failed[version]
         if version in self._loading:
-            return LoadedVersion(version=version, name="", state="loading")
+            reserved = self._loading[version].reservation.num_bytes
+            return LoadedVersion(version=version, name="", state="loading", weight_bytes=reserved)
         raise NotFoundError(f"adapter version {version} is not loaded in this engine")
 
-    def _finish_loading(self, version: VersionId) -> None:
-        _, future = self._loading.pop(version)
+    def _check(self, version: VersionId) -> None:
+        load = self._loading[version]
+        deadline = time.perf_counter() + _CHECK_SLICE_S
         try:
-            manifest, adapter = future.result()
-            try:
-                pool = self._pool(adapter.geometry)
-            except Exception:
-                adapter.free()  # of a LoRA the LM that it shares, too
-                raise
-            self._prepared[version] = ResidentVersion(manifest, adapter, pool, self.base)
+            manifest, unchecked = load.future.result()
+            load.check = load.check or unchecked.check()
+            adapter = _advance(load.check, deadline)
+            if adapter is None:
+                return
+            load.reservation.resize(adapter.weight_bytes)
+            resident = ResidentVersion(manifest, adapter, self._pool(adapter.geometry), self.base)
+            resident.reservation = load.reservation
+            self._prepared[version] = resident
+            del self._loading[version]
+            return
         except (TrimtabError, PoolExhaustedError) as exc:
-            self._failed[version] = _failure(version, str(exc), getattr(exc, "code", None))
+            failure = _failure(version, str(exc), getattr(exc, "code", None))
         except Exception as exc:  # whatever loading raised must reach the admin, not kill the engine
             logger.exception("loading adapter version %s failed", version)
-            self._failed[version] = _failure(version, f"{type(exc).__name__}: {exc}", None)
+            failure = _failure(version, f"{type(exc).__name__}: {exc}", None)
+        del self._loading[version]
+        load.drop()
+        if failure.error_code in MEMORY_CODES:
+            failure.weight_bytes = load.reservation.wanted_bytes
+        self._failed[version] = failure
 
     def _pool(self, geometry: KvGeometry) -> KvPool:
         pool = self._pools.get(geometry)
@@ -242,6 +307,9 @@ class Residents:
     def retire(self, version: VersionId) -> int:
         """Refuse new rows for a version; free it at once or with its last row. Returns the rows that still hold it."""
         self._failed.pop(version, None)
+        if (loading := self._loading.pop(version, None)) is not None:
+            loading.drop()
+            return 0
         # One that was prepared may have rows too: those that it had when it was wanted again before they ended.
         resident = self.committed.pop(version, None) or self._prepared.pop(version, None) or self._retiring.get(version)
         if resident is None:
@@ -261,6 +329,8 @@ class Residents:
             resident = self._retiring.pop(version)
             resident.pool.forget(resident.cache_root)
             resident.adapter.free()
+            if resident.reservation is not None:
+                resident.reservation.release()
         alive = {r.pool.geometry for group in (self.committed, self._prepared, self._retiring) for r in group.values()}
         for geometry in [g for g in self._pools if g not in alive]:
             pool = self._pools.pop(geometry)
@@ -273,9 +343,8 @@ class Residents:
 
     def weight_status(self) -> WeightStatus:
         """Memory of the weights of all versions together."""
-        groups = (self.committed, self._prepared, self._retiring)
-        used = sum(resident.adapter.weight_bytes for group in groups for resident in group.values())
-        return WeightStatus(budget_bytes=None, used_bytes=used + self._trunks.weight_bytes)
+        used = self.weights.used_bytes + self._trunks.stack_bytes
+        return WeightStatus(budget_bytes=self.weights.total_bytes, used_bytes=used)
 
     def cache_status(self) -> CacheStatus:
         """The KV cache of all pools together."""
@@ -291,6 +360,18 @@ class Residents:
             computed_tokens=sum(p.counters.computed_tokens for p in pools),
             recomputed_tokens=sum(p.counters.recomputed_tokens for p in pools),
         )
+
+
+def _advance(check: Generator[None, None, PackedLM], deadline: float) -> PackedLM | None:
+    """Go on with a check until this time; what it returns when it is over."""
+    while True:
+        try:
+            next(check)
+        except StopIteration as done:
+            adapter: PackedLM = done.value
+            return adapter
+        if time.perf_counter() >= deadline:
+            return None
 
 
 def _failure(version: VersionId, message: str, code: str | None) -> LoadedVersion:

@@ -8,7 +8,7 @@ A row whose steering fails is marked with the reason and left to the shell to re
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from trimtab_adapters import mixing, operators
 from trimtab_adapters.adapter_passes import MAX_FORWARD_TOKENS, AdapterPasses, LogprobTable, gather_rows
+from trimtab_adapters.contract.errors import AdapterError
 from trimtab_adapters.contract.params import Guidance, SteeringParams, VersionId
-from trimtab_adapters.kv_pool import SequenceCache
+from trimtab_adapters.kv_pool import PoolExhaustedError, SequenceCache
 from trimtab_adapters.residents import ResidentVersion
 from trimtab_adapters.steered_row import SteeredRow, Term
 
@@ -68,9 +69,7 @@ class SteeringCore:
         residents: Committed versions by id; shared with whoever loads and retires them.
         vocab_size: V, width of the base model's logits.
         max_forward_tokens: Bound on the tokens of one packed pass.
-
-    Attributes:
-        base_expert: The base model as an expert under another prompt, None where it cannot be one.
+        base_expert: The base model as an expert under another prompt; raises `AdapterError` where it cannot be one.
     """
 
     def __init__(
@@ -79,13 +78,15 @@ class SteeringCore:
         *,
         vocab_size: int,
         max_forward_tokens: int = MAX_FORWARD_TOKENS,
+        base_expert: Callable[[], ResidentVersion] | None = None,
     ) -> None:
         self.residents = residents
-        self.base_expert: ResidentVersion | None = None
+        self.base_expert = base_expert
         self.passes = AdapterPasses(vocab_size=vocab_size, max_forward_tokens=max_forward_tokens)
         self.num_steps = 0
         self.num_rows = 0
         self.num_failed = 0
+        self._open: dict[int, SteeredRow] = {}
 
     def open(
         self,
@@ -117,12 +118,16 @@ class SteeringCore:
             row.terms.append(Term(resident, weight.alpha, SequenceCache(root=resident.cache_root), row.tokens))
         if params.guidance is not None and params.guidance.scale != 1.0 and row.error is None:
             self._guide(row, params.guidance)
+        self._open[id(row)] = row
         return row
 
     def _guide(self, row: SteeredRow, guidance: Guidance) -> None:
-        expert = self.base_expert
-        if expert is None:
-            row.error = "this engine's base model cannot serve as its own expert, which a negative prompt needs"
+        try:
+            if self.base_expert is None:
+                raise AdapterError("this engine's base model cannot be its own expert, which a negative prompt needs")
+            expert = self.base_expert()
+        except (AdapterError, PoolExhaustedError) as exc:
+            row.error = str(exc)
             return
         expert.num_rows += 1
         tokens = [*guidance.token_ids, *row.tokens[row.num_prompt_tokens :]]
@@ -130,6 +135,7 @@ class SteeringCore:
 
     def close(self, row: SteeredRow) -> None:
         """Let go of what a row holds; it may be opened again with the same tokens at little cost."""
+        self._open.pop(id(row), None)
         for term in row.all_terms:
             term.resident.pool.release(term.cache)
             term.resident.num_rows -= 1
@@ -149,7 +155,7 @@ class SteeringCore:
             [
                 (term, term.tokens[:num_tokens])
                 for row, num_tokens in rows
-                if row.error is None and num_tokens > 0
+                if row.error is None and num_tokens > 0 and not row.is_over
                 for term in row.all_terms
             ]
         )
@@ -170,7 +176,9 @@ class SteeringCore:
         self.num_rows += len(rows)
         factors = {id(row): row.factor for row, _ in rows if row.error is None}
         acting = [row for row, _ in rows if row.error is None and factors[id(row)]]
-        tables = self.passes.run([(row, term) for row in acting for term in row.all_terms])
+        keys = {id(row) for row in acting}
+        bystanders = [term for key, row in self._open.items() if key not in keys for term in row.all_terms]
+        tables = self.passes.run([(row, term) for row in acting for term in row.all_terms], bystanders)
         good = [(row, index) for row, index in rows if row.error is None]
         failed = [(row, index) for row, index in rows if row.error is not None]
         self.num_failed += len(failed)

@@ -74,6 +74,21 @@ def check_weights_file(path: Path) -> list[str]:
     return [tensor.name for tensor in tensors]
 
 
+def tensor_bytes(path: Path, itemsize: int | None = None) -> int:
+    """Bytes that a file's tensors take in memory, by its header alone.
+
+    Args:
+        path: A safetensors file.
+        itemsize: Bytes of one number once it is loaded; as saved when None.
+
+    Raises:
+        WeightsError: It is not a well-formed safetensors file.
+        OSError: It cannot be read.
+    """
+    tensors, _ = _read_header(path, path.stat().st_size)
+    return sum((t.end - t.begin) * 8 // t.format.bits * (itemsize or t.format.bits // 8) for t in tensors)
+
+
 def _read_header(path: Path, size_bytes: int) -> tuple[list[_Tensor], int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

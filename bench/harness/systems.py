@@ -132,7 +132,7 @@ def _serve(system: System, pipe: Connection) -> None:
 
         runner: Any = HfLoop(system)
     else:
-        runner = _VllmRunner(system)
+        runner = VllmRunner(system)
     pipe.send("ready")
     while True:
         try:
@@ -144,7 +144,7 @@ def _serve(system: System, pipe: Connection) -> None:
         pipe.send(timing)
 
 
-class _VllmRunner:
+class VllmRunner:
     """A stock engine, with or without one of the two processors."""
 
     def __init__(self, system: System) -> None:
@@ -161,7 +161,7 @@ class _VllmRunner:
         elif system.kind == "per_row":
             os.environ["TRIMTAB_BENCH_ADAPTER"] = str(system.adapters[0])
             options = {"logits_processors": ["harness.per_row:PerRowProcessor"]}
-        self._engine = LLMEngine.from_engine_args(
+        self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(system.model),
                 enforce_eager=True,
@@ -172,30 +172,32 @@ class _VllmRunner:
                 **options,
             )
         )
-        self._versions: list[str] = []
+        self.versions: list[str] = []
         self._is_steered = system.kind == "steered"
         self._number = 0
         if self._is_steered:
-            self._call("trimtab_attach")
+            self.call("trimtab_attach")
             for directory in system.adapters:
-                self._versions.append(self._load(directory))
+                self.versions.append(self._load(directory))
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._engine.collective_rpc(method, args=arguments)[0]
+    def call(self, method: str, *arguments: Any) -> Any:
+        """A method of the worker extension."""
+        return self.engine.collective_rpc(method, args=arguments)[0]
 
     def _load(self, directory: Path) -> str:
         from trimtab_adapters.contract.manifest import read_manifest
 
         version = read_manifest(directory).version_id
-        self._call("trimtab_prepare", version, str(directory))
-        while (state := self._call("trimtab_poll", version))["state"] == "loading":
+        self.call("trimtab_prepare", version, str(directory))
+        while (state := self.call("trimtab_poll", version))["state"] == "loading":
             time.sleep(0.05)
         if state["state"] == "failed":
             raise RuntimeError(state["error"])
-        self._call("trimtab_commit", version)
+        self.call("trimtab_commit", version)
         return version
 
-    def _params(self, work: Work, steering: Sequence[tuple[int, float]], uid: str) -> Any:
+    def params(self, work: Work, steering: Sequence[tuple[int, float]], uid: str) -> Any:
+        """vLLM's sampling parameters of one row of the work."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -203,7 +205,7 @@ class _VllmRunner:
 
         steered: dict[str, Any] = {}
         if steering:
-            weights = [AdapterWeight(name=f"a{index}", version=self._versions[index], alpha=a) for index, a in steering]
+            weights = [AdapterWeight(name=f"a{index}", version=self.versions[index], alpha=a) for index, a in steering]
             params = SteeringParams(uid=uid, adapters=weights, record=work.record)
             steered = {"logprobs": 0, "extra_args": dict(params.to_xargs())}
         return SamplingParams(
@@ -217,7 +219,7 @@ class _VllmRunner:
         )
 
     def run(self, work: Work) -> Timing:
-        engine = self._engine
+        engine = self.engine
         if work.fresh:
             engine.reset_prefix_cache()
         steerings = work.steerings or ((),) * len(work.prompts)
@@ -226,7 +228,7 @@ class _VllmRunner:
         for prompt, steering in zip(work.prompts, steerings, strict=True):
             self._number += 1
             uids.append(f"r{self._number}")
-            params = self._params(work, steering, uids[-1])
+            params = self.params(work, steering, uids[-1])
             engine.add_request(uids[-1], {"prompt_token_ids": list(prompt)}, params)
         waiting = set(uids)
         steps: list[float] = []
@@ -248,9 +250,9 @@ class _VllmRunner:
         if not self._is_steered:
             return {}
         asked = [uid for uid, steered in zip(uids, is_steered, strict=True) if steered]
-        records = self._call("trimtab_take", asked)
+        records = self.call("trimtab_take", asked)
         bad = [r for r in records if r["status"] != "ok" or r["num_tokens"] != work.num_tokens]
         if len(records) != len(asked) or bad:
             raise RuntimeError(f"{len(asked)} steered rows, {len(records)} records, bad: {bad[:1]}")
-        status: dict[str, Any] = self._call("trimtab_status")
+        status: dict[str, Any] = self.call("trimtab_status")
         return status

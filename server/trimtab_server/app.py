@@ -14,6 +14,7 @@ from trimtab_server.auth import Auth
 from trimtab_server.errors import install_error_handlers
 from trimtab_server.gateway import GatewayParts
 from trimtab_server.middleware import BodyLimit, ErrorBoundary, RequestId
+from trimtab_server.residency_metrics import ResidencyCollector
 
 __all__ = ["GatewayParts", "create_app"]
 
@@ -52,6 +53,7 @@ def create_app(parts: GatewayParts) -> FastAPI:
         ],
     )
     app.state.parts = parts
+    parts.metrics.registry.register(ResidencyCollector(parts.residency))
     app.state.auth = Auth(parts.settings)
     app.state.started_at = time.time()
     install_error_handlers(app)

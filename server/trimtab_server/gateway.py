@@ -7,7 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from trimtab_server.decoding.candidates import Selector
+from trimtab_server.decoding.explanations import Explainer
 from trimtab_server.decoding.generation import Generator
+from trimtab_server.decoding.guidance import GuidanceResolver
+from trimtab_server.decoding.token_texts import TokenTexts
 from trimtab_server.engine.base import Engine
 from trimtab_server.engine.residency import Residency
 from trimtab_server.metrics import Metrics
@@ -30,6 +33,8 @@ class GatewayParts:
         routers: More routes, such as the admin API.
         background: Run from start to stop, such as the engine's supervisor and `residency.keep_converged`.
         on_stop: Awaited in order when the application stops, after the background tasks.
+        guidance: Tokenises negative prompts.
+        token_texts: Texts of the tokens in explanations.
     """
 
     settings: Settings
@@ -42,7 +47,18 @@ class GatewayParts:
     routers: Sequence[APIRouter] = ()
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
     on_stop: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
+    guidance: GuidanceResolver = field(init=False)
+    token_texts: TokenTexts = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Parts that only depend on the others."""
+        self.guidance = GuidanceResolver(self.engine, self.residency)
+        self.token_texts = TokenTexts(self.engine)
+        self.metrics.watch_engine(lambda: self.residency.last_status)
 
     def generator(self) -> Generator:
         """The request path over these parts."""
-        return Generator(self.engine, self.residency, self.selector, self.rollout_log, self.settings.rollouts)
+        explainer = Explainer(self.engine, self.token_texts)
+        return Generator(
+            self.engine, self.residency, self.selector, self.rollout_log, self.settings.rollouts, explainer
+        )

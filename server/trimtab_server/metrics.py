@@ -2,10 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from trimtab_adapters.contract.engine_api import EngineStatus
+from trimtab_server.adapter_metrics import EngineCollector, OutcomeMetrics
 from trimtab_server.decoding.generation import ChoiceDelta
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.decoding.usage import total_usage
@@ -46,6 +48,11 @@ class Metrics:
         self.between_tokens = histogram("inter_token_latency_seconds", "Of streamed choices.", _BETWEEN_TOKENS)
         self.whole = histogram("e2e_request_latency_seconds", "From admission to the last byte.", _WHOLE)
         self.kl = histogram("steering_kl_nats", "Mean KL(steered || base) per token of a candidate.", _KL)
+        self.outcomes = OutcomeMetrics(self.registry)
+
+    def watch_engine(self, last_status: Callable[[], EngineStatus | None]) -> None:
+        """Show what an engine last said of its adapter versions. Call it once."""
+        self.registry.register(EngineCollector(last_status))
 
     def render(self) -> bytes:
         """Prometheus' text format."""
@@ -95,7 +102,8 @@ class RequestTimer:
             if is_logged:
                 metrics.rollouts.labels(model).inc(len(prompt.selections) + len(prompt.references))
             for candidate in prompt.candidates:
-                if (record := candidate.record) is not None and record.kl:
+                if (record := candidate.record) is not None and record.kl and candidate.is_steered:
+                    metrics.outcomes.observe(result.job.active_adapters, record)
                     metrics.steered_tokens.labels(model).inc(record.num_tokens)
                     metrics.flipped_tokens.labels(model).inc(sum(record.flipped))
                     metrics.kl.labels(model).observe(sum(record.kl) / len(record.kl))

@@ -26,7 +26,6 @@ from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
 from trimtab_server.rewards.registry import RewardRegistry
 from trimtab_server.settings import Settings
-from trimtab_server.storage.base import AdapterVersion
 from trimtab_server.storage.calibrators import SqlCalibratorStore
 from trimtab_server.storage.catalog import SqlCatalog
 from trimtab_server.storage.database import Database
@@ -96,13 +95,9 @@ async def build_parts(settings: Settings) -> GatewayParts:
     await rollout_log.start()
     background: list[Run] = []
     engine = _build_engine(settings, background)
-    residency = Residency(engine, catalog)
+    residency = Residency(engine, catalog, wait_s=settings.adapter_wait_s)
     rewards = RewardRegistry(SqlRewardSpecs(database))
     calibrators = ReferenceCalibrators(SqlCalibratorStore(database), default_size=max(1, settings.calibration_size))
-
-    async def validate(version: AdapterVersion) -> None:
-        await engine.prepare(version.version, version.path)
-        await engine.retire(version.version)  # its memory is taken when somebody uses it
 
     async def base_vocabulary() -> tuple[str, int] | None:
         try:
@@ -121,9 +116,10 @@ async def build_parts(settings: Settings) -> GatewayParts:
         jobs=TrainingJobs(database),
         rewards=rewards,
         engines=[engine],
-        validate=validate,
+        validate=residency.try_out,
         before_switch=residency.ensure,
         after_retire=residency.retire,
+        residency_of=residency.describe,
         base_vocabulary=base_vocabulary,
         adapter_roots=settings.adapter_roots or None,
     )

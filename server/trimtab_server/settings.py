@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     """Longest time one request may take, streaming included. None means no limit."""
     max_concurrent_candidates: int = Field(default=1024, gt=0)
     """Candidates sent to one engine at the same time; more wait in the gateway."""
+    adapter_wait_s: float = Field(default=30.0, ge=0)
+    """Longest time that a request waits for adapter memory, where the engine has a budget for it."""
     rollouts: RolloutMode = "durable"
     """`durable` answers only when the rollouts are on disk, `async` soon after, `off` logs nothing."""
     calibration_size: int = Field(default=16, ge=1, le=1024)

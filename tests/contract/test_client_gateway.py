@@ -13,6 +13,7 @@ import trimtab_client as trimtab
 from fake_gateway import serving
 from trimtab_adapters.contract.manifest import FileEntry, Manifest
 from trimtab_client import AsyncClient
+from trimtab_client.types import PromptMessage, Steering
 from trimtab_server.app import create_app
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.engine.fake_app import fake_vllm_app
@@ -62,7 +63,11 @@ async def test_adapters_and_routes_from_registration_to_retirement(client: Async
     added = await admin.adapters.add(name="kind", path=str(await version_directory(tmp_path / "kind")), route="kind")
     assert added.extra == {"object": "adapter.version"}
     assert (added.name, added.routes, added.manifest["name"]) == ("kind", ["kind"], "kind")
+    assert (added.residency["state"], added.pinned_at) == ("resident", None)
     assert await admin.adapters.list() == await admin.adapters.get("kind") == [added]
+    assert (await admin.adapters.pin(name="kind", version=added.version)).pinned_at is not None
+    await admin.adapters.unpin(name="kind", version=added.version)
+    assert await admin.adapters.get("kind") == [added]
 
     assert {model.id for model in await client.models.list()} == {"base", "kind"}
     assert (await client.models.get("kind")).id == "kind"
@@ -118,6 +123,52 @@ async def test_completions_are_steered_ranked_logged_and_exported(client: AsyncC
     assert [json.loads(line)["chosen"] for line in lines] == [True, True]
     await client.admin.rollouts.export(tmp_path / "log.parquet", format="parquet")
     assert (tmp_path / "log.parquet").read_bytes()[:4] == b"PAR1"
+
+
+async def test_operators_and_explanations(client: AsyncClient, tmp_path: Path) -> None:
+    path = str(await version_directory(tmp_path / "kind"))
+    version = (await client.admin.adapters.add(name="kind", path=path)).version
+    put = await client.admin.routes.put(
+        "careful", adapters=[{"name": "kind"}], operators={"schedule": {"first": 2}, "max_kl": 0.5}
+    )
+    assert put.operators == {"schedule": {"start": 0, "first": 2, "decay": 1.0}, "max_kl": 0.5}
+    steering: Steering = {
+        "plausibility": 0.1,
+        "max_kl": None,
+        "negative_prompt": "Rude",
+        "guidance_scale": 2.0,
+        "explain": 3,
+    }
+    completion = await client.completions.create(
+        model="careful", prompt="The baker", max_tokens=3, seed=1, steering=steering
+    )
+    applied = completion.steering
+    assert applied is not None
+    assert (applied.plausibility, applied.max_kl, applied.guidance_scale, applied.extra) == (0.1, None, 2.0, {})
+    assert applied.schedule is not None
+    assert applied.schedule.first == 2
+    explained = completion.choices[0].explain
+    assert explained is not None
+    assert "".join(token.token for token in explained.tokens) == completion.choices[0].text
+    first, _, last = explained.tokens
+    assert (first.adapters[0].version, first.negative is None, first.extra) == (version, False, {})
+    assert (last.adapters[0].logprob, last.negative) == (None, None)
+    assert (len(first.before), len(first.after), first.before[1].steered) == (3, 3, None)
+    async with client.completions.stream(
+        model="careful", prompt="The baker", max_tokens=3, seed=1, steering=steering
+    ) as chunks:
+        pieces = [choice.explain async for chunk in chunks for choice in chunk.choices]
+    assert [token for piece in pieces if piece is not None for token in piece.tokens] == explained.tokens
+    messages = [{"role": "user", "content": "Hello"}]
+    negative: Steering = {"negative_prompt": [PromptMessage(role="user", content="Rude")], "explain": True}
+    chat = await client.chat.create(model="base", messages=messages, max_tokens=2, steering=negative)
+    assert chat.choices[0].explain is not None
+    assert [len(token.before) for token in chat.choices[0].explain.tokens] == [5, 5]
+    (rollout,) = (await client.admin.rollouts.list(endpoint="chat.completions")).data
+    assert rollout["sampling"]["guidance"]["scale"] == 1.5
+    with pytest.raises(trimtab.BadRequestError) as bad:
+        await client.completions.create(model="base", prompt="p", steering={"guidance_scale": 2.0})
+    assert bad.value.param == "steering.guidance_scale"
 
 
 async def test_streams_and_chat(client: AsyncClient) -> None:

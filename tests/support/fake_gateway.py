@@ -60,7 +60,8 @@ class MemoryCatalog:
         terms = revision.steering
         if steering is not None and steering.adapters is not None:
             terms = tuple(self._term(choice.name, choice.version, choice.alpha) for choice in steering.adapters)
-        return ResolvedModel(model, "base", terms, revision.best_of, revision.reward)
+        options = revision.options.overridden_by(steering)
+        return ResolvedModel(model, "base", terms, revision.best_of, revision.reward, options)
 
     def _term(self, name: str, version: str | None, alpha: float | None) -> AdapterWeight:
         adapter = self.adapters.get(name)
@@ -81,7 +82,13 @@ class MemoryCatalog:
 
     async def active_versions(self) -> Sequence[AdapterVersion]:
         wanted = {weight.version for revision in self.revisions.values() for weight in revision.steering}
-        return [adapter for adapter in self.adapters.values() if adapter.version in wanted]
+        return [a for a in self.adapters.values() if a.version in wanted or a.pinned_at is not None]
+
+    def is_kept(self, version: str) -> bool:
+        on_routes = {weight.version for revision in self.revisions.values() for weight in revision.steering}
+        return version in on_routes or any(
+            adapter.version == version and adapter.pinned_at is not None for adapter in self.adapters.values()
+        )
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """A desk at which requests are served by the V1 processor step by step, and every row is judged after each step."""
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from batch_runner import BatchRunner, RunnerRequest
@@ -97,21 +98,32 @@ class Desk:
         return errors
 
 
-def sample(processor: SteeringProcessor, logits: Tensor) -> Any:
-    """vLLM's own sampler, greedy, inside the recording one; returns its `SamplerOutput`."""
-    metadata: Any = SimpleNamespace(
-        max_num_logprobs=0,
+def greedy_metadata(
+    processor: SteeringProcessor, *, num_logprobs: int = 0, token_ids: dict[int, list[int]] | None = None
+) -> SamplingMetadata:
+    """What vLLM's sampler is told of a batch of greedy rows."""
+    none = torch.empty(0)
+    return SamplingMetadata(
+        max_num_logprobs=num_logprobs,
         generators={},
-        logprob_token_ids=None,
+        logprob_token_ids=token_ids,
         all_greedy=True,
         all_random=False,
         temperature=None,
+        top_p=None,
+        top_k=None,
         no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=none,
         allowed_token_ids_mask=None,
-        bad_words_token_ids=None,
+        bad_words_token_ids={},
         output_token_ids=[],
-        spec_token_ids=None,
-        thinking_budget_state_holder=None,
-        logitsprocs=SimpleNamespace(argmax_invariant=[], non_argmax_invariant=[processor]),
+        logitsprocs=LogitsProcessors([processor]),
     )
-    return RecordingSampler(Sampler(), processor)(logits=logits, sampling_metadata=metadata)
+
+
+def sample(processor: SteeringProcessor, logits: Tensor) -> Any:
+    """vLLM's own sampler, greedy, inside the recording one; returns its `SamplerOutput`."""
+    return RecordingSampler(Sampler(), processor)(logits=logits, sampling_metadata=greedy_metadata(processor))

@@ -10,7 +10,9 @@
 In a step first `finish` and `preempt` leave, then `arrive` enters (for the first time, or again after preemption, with
 all tokens so far), then `schedule` says how many tokens of each request are computed. A request in the middle of its
 prefill is given fewer tokens than it has left; its sample does not count. Sampled ids are not part of a schedule: who
-replays it samples for himself. An empty `schedule` is a step without tokens.
+replays it samples for himself. An empty `schedule` is a step without tokens. `computed` says of requests that arrive
+how many of their tokens are computed already, because the base's cache had them. `record_schedule.py` writes such
+files.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +45,7 @@ class Step(BaseModel):
     preempt: list[str] = Field(default_factory=list)
     arrive: list[str] = Field(default_factory=list)
     schedule: dict[str, int] = Field(default_factory=dict)
+    computed: dict[str, int] = Field(default_factory=dict)
 
 
 class Schedule(BaseModel):
@@ -75,7 +78,9 @@ def replay(
     for name, request in schedule.requests.items():
         engine.add(name, request.prompt, sampling(name, request.steered))
     for step in schedule.steps:
-        rows = engine.step(step.schedule, arrive=step.arrive, finish=step.finish, preempt=step.preempt)
+        rows = engine.step(
+            step.schedule, arrive=step.arrive, finish=step.finish, preempt=step.preempt, computed=step.computed
+        )
         check(step, rows)
 
 

@@ -7,7 +7,7 @@ a schedule of thousands of steps only looks it up.
 
 import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,16 @@ class Expert:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """An adapter LM that needs no check any more."""
+
+    adapter: AdapterLM
+
+    def check(self) -> Iterator[None]:
+        return iter(())
+
+
+@dataclass(frozen=True)
 class World:
     """What a schedule is made of. `base_logits` are `[rows, V]`, some with ids forbidden as by a grammar."""
 
@@ -62,11 +72,11 @@ class World:
     def build_residents(self, kv_bytes: int) -> Residents:
         return Residents(self.base, CPU, kv_bytes=kv_bytes, dtype=torch.float32)
 
-    def load_adapter_lm(self, directory: Path, *args: Any, **options: Any) -> AdapterLM:
+    def read_adapter_lm(self, directory: Path, *args: Any, **options: Any) -> "Checked":
         """Stands in for the loader of the same name: reads and checks a directory once and hands out copies."""
         if directory not in self.loaded:
             self.loaded[directory] = load_adapter_lm(directory, *args, **options)
-        return copy.deepcopy(self.loaded[directory])
+        return Checked(copy.deepcopy(self.loaded[directory]))
 
 
 def make_scripts(num_families: int = 6, num_tails: int = 4) -> list[list[int]]:

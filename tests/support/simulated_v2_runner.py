@@ -170,11 +170,17 @@ class SimulatedV2Engine:
         arrive: Sequence[str] = (),
         finish: Sequence[str] = (),
         preempt: Sequence[str] = (),
+        computed: Mapping[str, int] | None = None,
         allowed: Mapping[str, list[int]] | None = None,
     ) -> list[SampledRow]:
-        """One step. `arrive` names requests that are new or back after preemption; all of them must be scheduled."""
+        """One step. `arrive` names requests that are new or back after preemption; all of them must be scheduled.
+
+        `computed` says how many tokens of an arriving request the base's prefix cache holds.
+        """
         for name in preempt:
             self.requests[name].num_computed = 0
+        for name, num_computed in (computed or {}).items():
+            self.requests[name].num_computed = num_computed
         grammar = None
         if allowed is not None:
             grammar = SimpleNamespace(

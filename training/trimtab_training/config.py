@@ -103,6 +103,9 @@ class LoggedConfig(_Section):
     """Only rollouts completed before this Unix time."""
     limit: int | None = Field(default=None, ge=1)
     """Most rollouts to read, oldest first."""
+    with_operators: bool = False
+    """Whether also rollouts that were steered with operators or a negative prompt, which the policy that is trained
+    does not have, enter the pool."""
 
 
 class FreshConfig(_Section):

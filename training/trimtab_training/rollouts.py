@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _USABLE_FINISH_REASONS = ("stop", "length")
 
+NO_OPERATORS: dict[str, Any] = {"schedule": None, "plausibility": None, "max_kl": None, "negative_prompt": None}
+"""In the request field `steering`: none of those that a route may have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -79,7 +82,7 @@ class NamedVersion:
     @property
     def steering(self) -> dict[str, Any]:
         """The request field `steering`."""
-        return {"adapters": [{"name": self.name, "version": self.version, "alpha": self.alpha}]}
+        return {"adapters": [{"name": self.name, "version": self.version, "alpha": self.alpha}], **NO_OPERATORS}
 
 
 class GatewaySource:
@@ -116,7 +119,7 @@ class GatewaySource:
     ) -> list[list[Sample]]:
         """See `RolloutSource`."""
         if not steered:
-            return self._draw(prompts, num_per_prompt, seed, {"adapters": []}, on_done)
+            return self._draw(prompts, num_per_prompt, seed, {"adapters": [], **NO_OPERATORS}, on_done)
         with self._current_version() as version:
             return self._draw(prompts, num_per_prompt, seed, version.steering, on_done)
 
@@ -250,19 +253,27 @@ class LocalSource:
 
 def read_logged(gateway: GatewayClient, config: LoggedConfig) -> list[Rollout]:
     """The logged rollouts that `config` selects and that training can use, oldest first."""
-    where = config.model_dump(exclude={"enabled"}, exclude_none=True)
-    return list(_usable(gateway.read_rollouts(where)))
+    where = config.model_dump(exclude={"enabled", "with_operators"}, exclude_none=True)
+    return list(_usable(gateway.read_rollouts(where), with_operators=config.with_operators))
 
 
-def _usable(rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
-    num_skipped = 0
+def _usable(rollouts: Iterator[Rollout], *, with_operators: bool) -> Iterator[Rollout]:
+    num_skipped = num_operated = 0
     for rollout in rollouts:
-        if rollout.prompt_token_ids and rollout.output_token_ids and rollout.finish_reason in _USABLE_FINISH_REASONS:
+        if not (rollout.is_plain or with_operators):
+            num_operated += 1
+        elif rollout.prompt_token_ids and rollout.output_token_ids and rollout.finish_reason in _USABLE_FINISH_REASONS:
             yield rollout
         else:
             num_skipped += 1
     if num_skipped:
         logger.info("skipped %d logged rollouts that are empty or were broken off", num_skipped)
+    if num_operated:
+        logger.warning(
+            "skipped %d logged rollouts that were steered with operators or a negative prompt; to train on them all "
+            "the same, set logged.with_operators",
+            num_operated,
+        )
 
 
 def score_logged(rollouts: Sequence[Rollout], scorer: Scorer, vocabulary: Vocabulary) -> list[tuple[Sample, float]]:

@@ -5,7 +5,7 @@ Completions themselves go through vLLM's own OpenAI routes; these carry what vLL
 | route | body | answer |
 |---|---|---|
 | `GET /trimtab/status` | | `EngineStatus` |
-| `POST /trimtab/adapters/prepare` | `PrepareRequest` | `LoadedVersion` once loaded and validated; 400 when refused |
+| `POST /trimtab/adapters/prepare` | `PrepareRequest` | `LoadedVersion` once loaded; 400 refused, 409 no room |
 | `POST /trimtab/adapters/commit` | `VersionRequest` | `LoadedVersion`; requests may name the version from now on |
 | `POST /trimtab/adapters/retire` | `VersionRequest` | `RetireReply`; memory is freed with the last row that uses it |
 | `POST /trimtab/records/take` | `TakeRequest` | `TakeReply`; each record can be taken once |
@@ -62,7 +62,8 @@ class LoadedVersion(_Message):
     name: str
     state: Literal["loading", "prepared", "committed", "retiring", "failed"]
     weight_bytes: int = 0
-    """Of its own; the LM under a LoRA is counted once in `WeightStatus`."""
+    """Of its own; the LM under a LoRA is counted once in `WeightStatus`. While it loads: what is kept free for it; when
+    it failed for want of memory: what it would take."""
     cache_bytes: int = 0
     """Blocks of the KV cache that hold its keys and values, in use or only kept."""
     active_rows: int = 0
@@ -77,6 +78,7 @@ class WeightStatus(_Message):
     budget_bytes: int | None
     """None: no bound."""
     used_bytes: int
+    """Loaded, or kept free for versions that are loading."""
 
 
 class CacheStatus(_Message):

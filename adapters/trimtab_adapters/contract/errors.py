@@ -13,9 +13,11 @@ TrimtabError
 │   ├── IntegrityError                a file is missing, or its hash or size differs
 │   ├── UnsafeFileError               pickle, remote code, a path that leaves the directory
 │   ├── VocabularyError               another tokenizer than the base model's
-│   └── WeightsError                  NaN or Inf weights, shapes that do not fit
+│   ├── WeightsError                  NaN or Inf weights, shapes that do not fit
+│   └── AdapterTooLargeError          more than the engine's whole budget of adapter memory
 ├── EngineError
 │   ├── EngineUnavailableError   503  no engine is ready; `retry_after_s` says when to ask again
+│   │   └── AdapterMemoryFullError    all adapter memory is taken by versions in use or kept
 │   ├── EngineRequestError            the engine refused the request; carries its status and error object
 │   ├── EngineTimeoutError       504  the answer took longer than the gateway allows
 │   └── EngineDiedError          503  it went away in the middle of an answer; ask again
@@ -131,6 +133,12 @@ class WeightsError(AdapterError):
     default_code = "invalid_weights"
 
 
+class AdapterTooLargeError(AdapterError):
+    """The adapter LM alone is larger than the engine's budget of adapter memory."""
+
+    default_code = "adapter_too_large"
+
+
 class EngineError(TrimtabError):
     """Something between the gateway and an engine."""
 
@@ -151,6 +159,12 @@ class EngineUnavailableError(EngineError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class AdapterMemoryFullError(EngineUnavailableError):
+    """All adapter memory of the engine is taken by versions that are in use or kept; some must be let go first."""
+
+    default_code = "adapter_memory_full"
 
 
 class EngineRequestError(EngineError):

@@ -101,6 +101,11 @@ class Manifest(BaseModel):
             raise ValueError("no safetensors file is listed")
         return files
 
+    @property
+    def weight_file_bytes(self) -> int:
+        """Size of the weights on disk: about what they take in memory, unless the engine changes their type."""
+        return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(".safetensors"))
+
     @model_validator(mode="after")
     def _complete_lora(self) -> "Manifest":
         if self.lora is not None:

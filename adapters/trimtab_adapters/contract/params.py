@@ -106,16 +106,52 @@ class PromptMessage(BaseModel):
     content: str
 
 
-class SteeringRequest(SteeringOperators):
-    """The `steering` field of a request body."""
+class SteeringOptions(SteeringOperators):
+    """What a request or a route says of a steering beside its adapters."""
 
-    adapters: list[AdapterChoice] | None = Field(default=None, max_length=MAX_ADAPTERS)
-    """None keeps those of the route that `model` names; an empty list takes none."""
     negative_prompt: str | list[int] | list[PromptMessage] | None = Field(default=None, min_length=1)
     """Steer away from how the base itself would go on after this prompt, instead of the request's, and the same
     output. Text or token ids for completions, messages for chat."""
     guidance_scale: GuidanceScale | None = None
     """How far, see `Guidance`; `DEFAULT_GUIDANCE_SCALE` when there is a negative prompt."""
+
+    @property
+    def operators(self) -> SteeringOperators:
+        """The operators alone."""
+        return SteeringOperators(schedule=self.schedule, plausibility=self.plausibility, max_kl=self.max_kl)
+
+    @property
+    def scale(self) -> float | None:
+        """The guidance scale that holds; None without a negative prompt."""
+        if self.negative_prompt is None:
+            return None
+        return DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
+
+    def overridden_by(self, other: "SteeringOptions | None") -> "SteeringOptions":
+        """These options with those fields replaced that `other` was given, also where it was given None.
+
+        Raises:
+            InvalidRequestError: A guidance scale is left without a negative prompt.
+        """
+        if other is None:
+            return self
+        given = other.model_fields_set & SteeringOptions.model_fields.keys()
+        values = {name: getattr(other if name in given else self, name) for name in SteeringOptions.model_fields}
+        if values["negative_prompt"] is None and values["guidance_scale"] is not None:
+            if other.guidance_scale is not None:
+                raise InvalidRequestError(
+                    "'steering.guidance_scale' needs 'steering.negative_prompt' to steer away from.",
+                    param="steering.guidance_scale",
+                )
+            values["guidance_scale"] = None  # it was for the prompt that `other` took away
+        return SteeringOptions.model_construct(**values)
+
+
+class SteeringRequest(SteeringOptions):
+    """The `steering` field of a request body."""
+
+    adapters: list[AdapterChoice] | None = Field(default=None, max_length=MAX_ADAPTERS)
+    """None keeps those of the route that `model` names; an empty list takes none."""
     explain: bool | Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] = False
     """Say per token what each model thought of it: True, or the number of alternatives to list."""
 
@@ -125,11 +161,6 @@ class SteeringRequest(SteeringOperators):
         if isinstance(self.explain, bool):
             return DEFAULT_ALTERNATIVES if self.explain else None
         return self.explain
-
-    @property
-    def operators(self) -> SteeringOperators:
-        """The operators alone."""
-        return SteeringOperators(schedule=self.schedule, plausibility=self.plausibility, max_kl=self.max_kl)
 
 
 class AdapterWeight(BaseModel):

@@ -100,13 +100,16 @@ class Rollout(BaseModel):
     output_token_ids: list[int]
     steering: list[AdapterWeight]
     base_logprobs: list[float] | None = None
-    adapter_logprobs: list[list[float]] | None = None
+    adapter_logprobs: list[list[float | None]] | None = None
+    """As in `SteeringRecord`: None at tokens where a schedule kept an adapter from running."""
     steered_logprobs: list[float] | None = None
     """Of an unsteered candidate equal to `base_logprobs`."""
     kl: list[float] | None = None
     flipped: list[bool] | None = None
     sampling: dict[str, Any] = Field(default_factory=dict)
-    """temperature, top_p, top_k, seed, max_tokens, stop, ... as the engine was asked."""
+    """temperature, top_p, top_k, seed, max_tokens, stop, ... as the engine was asked; `steering_operators`
+    (`SteeringOperators`) and `guidance` (`Guidance`) where these acted beside or instead of adapters."""
+
     candidate_index: int = 0
     num_candidates: int = 1
     chosen: bool = True
@@ -114,3 +117,8 @@ class Rollout(BaseModel):
     rewards: list[RewardValue] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     """For example the training job that drew it."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but base and adapters, weighted by their alphas at every token, made the distribution."""
+        return not self.sampling.keys() & {"steering_operators", "guidance"}

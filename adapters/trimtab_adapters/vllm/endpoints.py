@@ -16,7 +16,19 @@ from starlette.datastructures import State
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 
-from trimtab_adapters.contract.engine_api import PrepareRequest, ReadRequest, TakeReply, TakeRequest, VersionRequest
+from trimtab_adapters.contract.engine_api import (
+    EngineStatus,
+    PrepareRequest,
+    ReadRequest,
+    TakeReply,
+    TakeRequest,
+    VersionRequest,
+)
+from trimtab_adapters.contract.errors import AdapterMemoryFullError, ConflictError
+from trimtab_adapters.contract.params import Guidance, SteeringParams
+
+_TRIAL_TOKENS = 24
+"""Prompt of the request that guidance is tried on."""
 
 _POLL_S = 0.02
 """How often a loading version is asked for; each question stalls decoding by one no-op call."""
@@ -39,8 +51,10 @@ class TrimtabEndpoints:
         state.trimtab_engine = engine_client
         keys = [key for key in (*(args.api_key or ()), envs.VLLM_API_KEY) if key]
         state.trimtab_keys = [key.encode() for key in keys]
-        await _call(engine_client, "trimtab_attach")
+        status = await _call(engine_client, "trimtab_attach")
         await _warm_up(engine_client)
+        if status["can_guide"]:
+            await _try_guidance(engine_client, EngineStatus.model_validate(status))
 
 
 async def _warm_up(engine: EngineClient) -> None:
@@ -48,6 +62,21 @@ async def _warm_up(engine: EngineClient) -> None:
     params = SamplingParams(max_tokens=1, logprobs=0, temperature=0.0, ignore_eos=True)
     async for _ in engine.generate({"prompt_token_ids": [0]}, params, request_id="trimtab-warm-up"):
         pass
+
+
+async def _try_guidance(engine: EngineClient, status: EngineStatus) -> None:
+    """Guide a request by its own prompt: the base must agree with itself, or guidance is refused from now on."""
+    length = max(1, min(_TRIAL_TOKENS, status.max_model_len - 2))
+    tokens = [number * 7919 % status.num_tokens for number in range(1, length + 1)]
+    steering = SteeringParams(
+        uid="trimtab-guidance-trial", adapters=[], guidance=Guidance(token_ids=tokens, scale=2.0), record=True
+    )
+    params = SamplingParams(
+        max_tokens=2, logprobs=0, temperature=0.0, ignore_eos=True, extra_args=dict(steering.to_xargs())
+    )
+    async for _ in engine.generate({"prompt_token_ids": tokens}, params, request_id=steering.uid):
+        pass
+    await _call(engine, "trimtab_check_guidance", steering.uid)
 
 
 async def _check_key(request: Request) -> None:
@@ -69,13 +98,14 @@ def _answer(value: dict[str, Any]) -> JSONResponse:
     if "status" in value and isinstance(value.get("error"), dict):
         return JSONResponse({"error": value["error"]}, status_code=value["status"])
     if value.get("state") == "failed":
+        is_full = value.get("error_code") == AdapterMemoryFullError.default_code  # another time it may fit
         error = {
             "message": value["error"],
-            "type": "invalid_request_error",
-            "param": "path",
+            "type": ConflictError.type if is_full else "invalid_request_error",
+            "param": None if is_full else "path",
             "code": value.get("error_code") or "invalid_adapter",
         }
-        return JSONResponse({"error": error}, status_code=400)
+        return JSONResponse({"error": error}, status_code=ConflictError.status if is_full else 400)
     return JSONResponse(value)
 
 

@@ -23,6 +23,8 @@ class EngineConfig(BaseModel):
 
     kv_bytes: int = Field(default=1 << 30, gt=0)
     """Budget of the adapter LMs' KV cache, in bytes."""
+    weight_bytes: int | None = Field(default=None, gt=0)
+    """Budget of the weights of all resident adapter versions, in bytes; None means no bound."""
     dtype: str | None = None
     """Type of adapter weights and cache (`float32`, `bfloat16`, `float16`); the directory's own when None."""
 
@@ -59,12 +61,14 @@ def build_residents(vllm_config: VllmConfig, device: torch.device) -> Residents:
         describe_base(vllm_config),
         torch.device(device),
         kv_bytes=config.kv_bytes,
+        weight_bytes=config.weight_bytes,
         dtype=dtype,
-        backend=_backend(torch.device(device)),
+        backend=backend_for(torch.device(device)),
     )
 
 
-def _backend(device: torch.device) -> Backend:
+def backend_for(device: torch.device) -> Backend:
+    """What this engine offers to compute with on a device."""
     if device.type != "cpu":
         return Backend()
     # These operators exist in vLLM's CPU build only.

@@ -8,9 +8,10 @@ import ctypes
 import ipaddress
 import json
 import os
+import re
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -81,6 +82,13 @@ def _own_parser() -> ArgumentParser:
         "--adapter-kv-bytes", type=int, default=1 << 30, help="budget of the adapter LMs' KV cache (default: 1 GiB)"
     )
     parser.add_argument(
+        "--adapter-memory",
+        type=parse_bytes,
+        metavar="BYTES",
+        help="budget of the weights of all adapter versions that are loaded, such as 800000000 or 2GiB "
+        "(default: no bound)",
+    )
+    parser.add_argument(
         "--adapter-dtype",
         choices=("float32", "bfloat16", "float16"),
         help="type of adapter weights and cache (default: as saved)",
@@ -96,6 +104,20 @@ def _own_parser() -> ArgumentParser:
     )
     parser.add_argument("--nice", type=int, default=0, help="lower the priority by this much: vLLM busy-waits")
     return parser
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, plain or with a binary unit: `2GiB`, `1.5GiB`, `512MiB`.
+
+    Raises:
+        ArgumentTypeError: Another form, or not more than 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB)?", text.strip(), re.IGNORECASE)
+    unit = "kmgt".index(match[2][0].lower()) + 1 if match and match[2] else 0
+    num_bytes = int(float(match[1]) * 1024**unit) if match and (unit or "." not in match[1]) else 0
+    if num_bytes < 1:
+        raise ArgumentTypeError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB")
+    return num_bytes
 
 
 def die_with_parent() -> None:
@@ -254,6 +276,8 @@ def _add_plugins(args: Namespace, own: Namespace, runner: Runner) -> None:
     args.logits_processors = [*(args.logits_processors or []), PROCESSORS[runner]]
     args.worker_extension_cls = WORKER_EXTENSION
     settings: dict[str, Any] = {"kv_bytes": own.adapter_kv_bytes}
+    if own.adapter_memory is not None:
+        settings["weight_bytes"] = own.adapter_memory
     if own.adapter_dtype:
         settings["dtype"] = own.adapter_dtype
     given = args.additional_config or {}

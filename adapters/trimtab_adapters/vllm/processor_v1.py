@@ -103,7 +103,7 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
                 self._occupants[source] = standing
             elif standing is not None:
                 self._close(standing.row)
-        self.residents.sweep()
+        self.tidy()
 
     def _evict(self, index: int) -> None:
         occupant = self._occupants.pop(index, None)
@@ -115,6 +115,10 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
             self.core.close(row)
         except Exception:  # boundary, as above; the others of the batch must still be told where they are
             logger.exception("a row could not be closed; its blocks may be lost")
+
+    def steered_indices(self, num_rows: int) -> set[int]:
+        """Rows of this step that asked for steering, whether or not their sample counts."""
+        return {index for index in self._occupants if index < num_rows}
 
     @override
     def apply(self, logits: Tensor) -> Tensor:

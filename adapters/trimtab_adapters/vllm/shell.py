@@ -15,8 +15,11 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 
-from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.adapter_lm import PackedLM
+from trimtab_adapters.base_expert import BaseExpert
+from trimtab_adapters.contract.errors import AdapterError, InvalidRequestError
 from trimtab_adapters.contract.params import FAILED_LOGPROB, SteeringParams
+from trimtab_adapters.kv_pool import KvPool
 from trimtab_adapters.record_buffer import RecordBuffer
 from trimtab_adapters.residents import Residents
 from trimtab_adapters.steering import SteeredRow, SteeringCore, StepResult
@@ -37,15 +40,45 @@ class SteeringShell:
         boot_id: New in each worker process.
         residents: Adapter versions of this worker.
         records: What was sampled, until it is taken.
+        base_lm: The base model over our own blocks, or why it cannot be; the worker extension attaches it.
+        is_trial_over: Whether the base expert was only tried, so that its blocks can go with its last row.
         result: What the last step did; None when it steered nothing.
     """
 
     def __init__(self, residents: Residents) -> None:
         self.boot_id = uuid.uuid4().hex
         self.residents = residents
-        self.core = SteeringCore(residents.committed, vocab_size=residents.base.vocab_size)
+        self.base_lm: PackedLM | AdapterError = AdapterError(NOT_ATTACHED)
+        self.is_trial_over = False
+        self._base_expert: BaseExpert | None = None
+        self.core = SteeringCore(
+            residents.committed, vocab_size=residents.base.vocab_size, base_expert=self.base_expert
+        )
         self.records = RecordBuffer()
         self.result: StepResult | None = None
+
+    def base_expert(self) -> BaseExpert:
+        """The base model as an expert under another prompt. Its blocks are taken with the first request for it.
+
+        Raises:
+            AdapterError: This base, or this engine's configuration, does not allow it.
+            PoolExhaustedError: The budget of the adapter KV cache has no room for it.
+        """
+        if isinstance(self.base_lm, AdapterError):
+            raise self.base_lm
+        if self._base_expert is None:
+            pool = KvPool(self.base_lm.geometry, self.residents.budget, self.base_lm.device)
+            self._base_expert = BaseExpert(self.base_lm, pool, self.residents.base)
+        return self._base_expert
+
+    def tidy(self) -> None:
+        """After rows came and went: free retired versions, and the blocks that the trial of guidance took."""
+        self.residents.sweep()
+        expert = self._base_expert
+        if self.is_trial_over and expert is not None and expert.num_rows == 0:
+            self.is_trial_over = False
+            self.residents.budget.allocated_bytes -= expert.pool.num_blocks * expert.pool.geometry.block_bytes
+            self._base_expert = None
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

@@ -5,20 +5,29 @@ that collides with nothing. Answers cross msgpack, so they are plain dictionarie
 as text only, so refusals are values: `{"error": {...}}`.
 """
 
+import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
 
 from trimtab_adapters.contract.engine_api import EngineStatus
-from trimtab_adapters.contract.errors import TrimtabError
+from trimtab_adapters.contract.errors import AdapterError, TrimtabError
 from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_adapters.vllm.cpu_generators import replace_generators
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
 from trimtab_adapters.vllm.processor_v2 import SteeringProcessorV2
 from trimtab_adapters.vllm.recording import RecordingSampler
 from trimtab_adapters.vllm.recording_v2 import RecordingSamplerV2
+from trimtab_adapters.vllm.shared_base import SharedBaseLM, share_base
 from trimtab_adapters.vllm.shell import SteeringShell
+
+logger = logging.getLogger(__name__)
+
+_GUIDANCE_TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+"""Most nats between the base and itself under our attention, by type; a defect is off by whole nats."""
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,9 +55,34 @@ class TrimtabWorkerExtension:
             raise RuntimeError("Trimtab needs --logprobs-mode raw_logprobs")
         if isinstance(processor, SteeringProcessorV2):
             _attach_v2(processor, runner)
+            processor.base_lm = AdapterError("a negative prompt needs the V1 model runner: guidance has not run on V2")
         elif isinstance(processor, SteeringProcessor):
             _attach_v1(processor, runner)
+            processor.base_lm = self._trimtab_base()
         return self.trimtab_status()
+
+    def _trimtab_base(self) -> SharedBaseLM | AdapterError:
+        runner = self.model_runner
+        try:
+            return share_base(runner.model, self.vllm_config, torch.device(runner.device))
+        except AdapterError as exc:
+            logger.info("no guidance by negative prompts: %s", exc.message)
+            return exc
+
+    def trimtab_check_guidance(self, uid: str) -> dict[str, Any]:
+        """Judge the record of a request whose negative prompt was its own: base and negative must be the same.
+
+        If they are not, requests with a negative prompt are refused from now on, with the difference as the reason.
+        """
+        processor = self._trimtab_processor()
+        records = processor.records.take([uid])
+        dtype = self.vllm_config.model_config.dtype
+        reason = _guidance_defect(records[0] if records else None, _GUIDANCE_TOLERANCE.get(dtype, 0.3))
+        processor.is_trial_over = True
+        if reason is not None:
+            logger.warning("no guidance by negative prompts: %s", reason)
+            processor.base_lm = AdapterError(f"this engine's base model cannot be its own expert: {reason}")
+        return {"can_guide": reason is None}
 
     def trimtab_status(self) -> dict[str, Any]:
         """An `EngineStatus` as a dictionary."""
@@ -67,6 +101,7 @@ class TrimtabWorkerExtension:
             versions=residents.versions(),
             cache=residents.cache_status(),
             weights=residents.weight_status(),
+            can_guide=not isinstance(processor.base_lm, AdapterError),
             steered_rows=processor.core.num_rows,
             steered_steps=processor.core.num_steps,
             failed_rows=processor.core.num_failed,
@@ -128,6 +163,17 @@ def _attach_v2(processor: SteeringProcessorV2, runner: Any) -> None:
     if not isinstance(runner.sampler, RecordingSamplerV2):
         runner.sampler = RecordingSamplerV2(runner.sampler, processor)
     processor.is_occupied = lambda slot: slot in runner.req_states.index_to_req_id
+
+
+def _guidance_defect(record: SteeringRecord | None, tolerance: float) -> str | None:
+    """What speaks against guidance after its trial; None when nothing does."""
+    if record is None or not record.token_ids:
+        return "its trial left no record"
+    if record.status == "failed" or record.negative_logprobs is None:
+        return record.error or "its trial was not guided"
+    pairs = zip(record.base_logprobs, record.negative_logprobs, strict=True)
+    error = max(math.inf if negative is None else abs(base - negative) for base, negative in pairs)
+    return None if error <= tolerance else f"under another attention it differs from itself by {error:.3g} nats"
 
 
 def _refusal(exc: TrimtabError) -> dict[str, Any]:

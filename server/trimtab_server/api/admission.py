@@ -7,7 +7,7 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_adapters.contract.params import SteeringParams
+from trimtab_adapters.contract.params import Guidance
 from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.request_fields import GenerationBody
 from trimtab_server.decoding.job import GenerationJob
@@ -25,8 +25,17 @@ def build_job(
     endpoint: Endpoint,
     is_logging: bool,
     metadata: dict[str, Any],
+    guidance: Guidance | None = None,
 ) -> GenerationJob:
     """The job of a request. A route's own `best_of` and reward hold where the body does not say.
+
+    Args:
+        body: The request's.
+        resolved: What its `model` and `steering` mean.
+        endpoint: The engine's route.
+        is_logging: Whether rollouts are logged.
+        metadata: For the rollouts.
+        guidance: The resolved negative prompt.
 
     Raises:
         InvalidRequestError: The fields do not go together, or not with the route.
@@ -48,6 +57,7 @@ def build_job(
             "candidates that one request may ask for.",
             param="prompt",
         )
+    num_alternatives = body.steering.num_alternatives if body.steering is not None else None
     prefix = "cmpl" if endpoint == "completions" else "chatcmpl"
     job = GenerationJob(
         id=f"{prefix}-{uuid.uuid4().hex}",
@@ -61,8 +71,10 @@ def build_job(
         is_ranked=not body.stream and (reward is not None or (asks_best_of and num_candidates > 1)),
         reward=reward,
         calibration_size=body.calibration.size if body.calibration is not None else None,
-        record=is_logging or body.steering_logprobs,
+        record=is_logging or body.steering_logprobs or num_alternatives is not None,
         steering_logprobs=body.steering_logprobs,
+        guidance=guidance,
+        num_alternatives=num_alternatives,
         metadata=metadata,
     )
     _check_steering(job, body)
@@ -101,11 +113,10 @@ def _num_candidates(body: GenerationBody, resolved: ResolvedModel) -> int:
 
 
 def _check_steering(job: GenerationJob, body: GenerationBody) -> None:
-    active = job.active_steering
-    if not active:
+    if not job.is_steered:
         return
     try:
-        SteeringParams(uid=job.id, adapters=active)
+        job.steering(job.id)
     except ValidationError as exc:
         raise InvalidRequestError(f"Invalid 'steering': {exc.errors()[0]['msg']}.", param="steering") from exc
     if isinstance(body, ChatBody) and body.has_media:

@@ -11,27 +11,15 @@ from typing import Any
 
 from typing_extensions import override
 
-from trimtab_adapters.contract.params import AdapterWeight
 from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.completion_request import CompletionBody
+from trimtab_server.api.steering_report import STEERING_HEADER, steering_header, steering_of
 from trimtab_server.decoding.candidates import Selection
 from trimtab_server.decoding.generation import ChoiceDelta
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.decoding.logprobs import steering_logprobs
 from trimtab_server.decoding.usage import plain_usage, total_usage
 from trimtab_server.engine.base import Candidate
-
-STEERING_HEADER = "x-trimtab-steering"
-
-
-def steering_object(steering: Sequence[AdapterWeight]) -> dict[str, Any]:
-    """What steered an answer: exact versions and weights."""
-    return {"adapters": [weight.model_dump() for weight in steering]}
-
-
-def steering_header(steering: Sequence[AdapterWeight]) -> str:
-    """The same for the header `x-trimtab-steering`: `name@version;alpha=1.0, ...`."""
-    return ", ".join(f"{weight.name}@{weight.version};alpha={weight.alpha}" for weight in steering)
 
 
 def selection_object(selection: Selection) -> dict[str, Any]:
@@ -58,8 +46,8 @@ class Answer(ABC):
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
-        steering = self._job.resolved.steering
-        return {STEERING_HEADER: steering_header(steering)} if steering else {}
+        header = steering_header(self._job)
+        return {STEERING_HEADER: header} if header else {}
 
     def whole(self, result: JobResult) -> dict[str, Any]:
         """The complete answer."""
@@ -70,6 +58,8 @@ class Answer(ABC):
                 choice["selection"] = selection_object(selection)
             if self._job.steering_logprobs:
                 choice["steering_logprobs"] = steering_logprobs(selection.candidate)
+            if self._job.explains:
+                choice["explain"] = selection.candidate.explanation
             choices.append(choice)
         return {
             **self._head(self.whole_object),
@@ -86,6 +76,8 @@ class Answer(ABC):
             return None
         if piece.candidate is not None and self._job.steering_logprobs:
             choice["steering_logprobs"] = steering_logprobs(piece.candidate)
+        if piece.explanation is not None:
+            choice["explain"] = piece.explanation
         chunk = {**self._head(self.chunk_object), "choices": [{"index": piece.index, **choice}]}
         if include_usage:
             usage = plain_usage(piece.num_prompt_tokens, piece.num_tokens)
@@ -109,8 +101,8 @@ class Answer(ABC):
         return {"id": self._job.id, "object": kind, "created": self._created, "model": self._job.resolved.model}
 
     def _steering(self) -> dict[str, Any]:
-        steering = self._job.resolved.steering
-        return {"steering": steering_object(steering)} if steering else {}
+        steering = steering_of(self._job)
+        return {} if steering is None else {"steering": steering}
 
     @abstractmethod
     def _choice(self, candidate: Candidate, prompt_index: int) -> dict[str, Any]: ...
@@ -207,7 +199,7 @@ class ChatAnswer(Answer):
     def _chunk_choice(self, piece: ChoiceDelta) -> dict[str, Any] | None:
         raw, body = piece.delta.choice, self._body
         delta, finish_reason = raw.get("delta") or {}, raw.get("finish_reason")
-        shows_tokens = body.wants_logprobs or body.return_token_ids
+        shows_tokens = body.wants_logprobs or body.return_token_ids or piece.explanation is not None
         if not delta and finish_reason is None and not shows_tokens:
             return None  # the engine only sent it for the ids that the gateway asked for
         choice = {

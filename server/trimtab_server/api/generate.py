@@ -40,6 +40,7 @@ async def generate(request: Request, model: type[B], endpoint: Endpoint, build_a
         if body.request_id is not None and not request.state.has_caller_request_id:
             request.state.request_id, request.state.has_caller_request_id = body.request_id, True
         resolved = await parts.catalog.resolve(body.model, body.steering)
+        guidance = await parts.guidance.resolve(resolved.options, endpoint, body.engine_fields())
         generator = parts.generator()
         job = build_job(
             body,
@@ -47,6 +48,7 @@ async def generate(request: Request, model: type[B], endpoint: Endpoint, build_a
             endpoint=endpoint,
             is_logging=generator.is_logging,
             metadata=rollout_metadata(request, body),
+            guidance=guidance,
         )
         timer = RequestTimer(parts.metrics, job)
         serving = _Serving(request, parts, generator, job, body, timer)

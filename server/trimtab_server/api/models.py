@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from trimtab_adapters.contract.errors import NotFoundError
-from trimtab_server.api.answers import steering_object
+from trimtab_server.api.steering_report import steering_object
 from trimtab_server.auth import require_api_key
 from trimtab_server.gateway import GatewayParts
 from trimtab_server.storage.base import RouteRevision
@@ -53,7 +53,7 @@ def _route(route: RouteRevision, base_model: str, max_model_len: dict[str, int])
         "root": base_model,
         "parent": base_model,
         **max_model_len,
-        "steering": steering_object(route.steering),
+        "steering": steering_object(route.steering, route.options.operators, route.options.scale),
         "best_of": route.best_of,
         "reward": route.reward,
         "revision": route.revision,

@@ -8,11 +8,12 @@ import re
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import XARGS_KEY, SteeringRequest
-from trimtab_server.api.validation import translate, type_name
+from trimtab_server.api.steering_field import parse_steering
+from trimtab_server.api.validation import type_name
 from trimtab_server.decoding.job import PromptInput
 from trimtab_server.middleware import is_request_id
 
@@ -54,16 +55,6 @@ def _stop(value: Any) -> Any:
     if any(not stop for stop in stops):
         raise InvalidRequestError("Invalid 'stop': a stop sequence must not be empty.", param="stop")
     return stops
-
-
-def _steering(value: Any) -> Any:
-    try:
-        return SteeringRequest.model_validate(value, strict=True)
-    except ValidationError as exc:
-        error = translate(exc.errors(include_url=False))
-        param = f"steering.{error.param}" if error.param not in (None, "body") else "steering"
-        message = error.message.replace(f"'{error.param}'", f"'{param}'")
-        raise InvalidRequestError(message, param=param, code=error.code) from exc
 
 
 def _logit_bias(value: Any) -> Any:
@@ -173,8 +164,8 @@ class GenerationBody(BaseModel):
     stream_interval: int | None = Field(default=None, ge=1)
 
     # ours
-    steering: Annotated[SteeringRequest, BeforeValidator(_steering)] | None = None
-    """Adapters and their weights, instead of those of the route that `model` names."""
+    steering: Annotated[SteeringRequest, BeforeValidator(parse_steering)] | None = None
+    """What is given here, also as null, holds instead of what the route that `model` names has."""
     steering_logprobs: bool = False
     """Adds base, adapter and steered log-probabilities, KL and flips per token to each choice."""
     reward: str | None = Field(default=None, min_length=1, max_length=128)

@@ -18,6 +18,7 @@ _COLUMNS = {
     "created_at": "CREATED (UTC)",
     "state": "STATE",
     "routes": "ROUTES",
+    "memory": "IN MEMORY",
 }
 
 
@@ -106,6 +107,28 @@ def rollback(
         report_revision(client.post("routes", route, "rollback", body={"revision": revision}), as_json=as_json)
 
 
+_Named = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The newest version when none is named.")]
+
+
+def pin(adapter: _Named, url: Url = DEFAULT_URL, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Keep a version in the engine's memory, whether it is used or not."""
+    with AdminClient(url, admin_key) as client:
+        name, version = _choose(client, adapter)
+        pinned = client.put("adapters", name, "versions", version, "pin", body={})
+    if as_json:
+        print_json(pinned)
+    else:
+        print_line(f"{name} {version} is pinned")
+
+
+def unpin(adapter: _Named, url: Url = DEFAULT_URL, admin_key: AdminKey = None) -> None:
+    """Let the engine give a version's memory to others while no route uses it."""
+    with AdminClient(url, admin_key) as client:
+        name, version = _choose(client, adapter)
+        client.delete("adapters", name, "versions", version, "pin")
+    print_line(f"{name} {version} is not pinned")
+
+
 def retire(
     name: Annotated[str, typer.Argument(help="Name of the adapter.")],
     version: Annotated[str, typer.Argument(help="Version to retire; no route may use it.")],
@@ -124,19 +147,36 @@ def retire(
 
 def build_adapters_commands() -> typer.Typer:
     """The group `adapters`."""
-    group = typer.Typer(no_args_is_help=True, help="Adapter versions: add, list, activate, roll back, retire.")
+    group = typer.Typer(no_args_is_help=True, help="Adapter versions: add, list, activate, roll back, pin, retire.")
     group.command("add")(add)
     group.command("list")(list_versions)
     group.command("show")(show)
     group.command("activate")(activate)
     group.command("rollback")(rollback)
+    group.command("pin")(pin)
+    group.command("unpin")(unpin)
     group.command("retire")(retire)
     return group
 
 
 def _row(version: dict[str, Any]) -> dict[str, Any]:
     state = "retired" if version["retired_at"] is not None else "active" if version["routes"] else "ready"
-    return {**version, "default_alpha": version["manifest"]["default_alpha"], "state": state}
+    where, size = version["residency"]["state"], version["residency"]["weight_bytes"]
+    memory = "-" if where == "on_disk" else f"{size} B" if where == "resident" else f"{where} ({size} B)"
+    if version["pinned_at"] is not None:
+        memory += ", pinned"
+    return {**version, "default_alpha": version["manifest"]["default_alpha"], "state": state, "memory": memory}
+
+
+def _choose(client: AdminClient, adapter: str) -> tuple[str, str]:
+    """Name and version of `NAME[@VERSION]`; the newest version that is not retired when none is named."""
+    name, _, version = adapter.partition("@")
+    if version:
+        return name, version
+    usable = [v["version"] for v in client.get("adapters", name)["data"] if v["retired_at"] is None]
+    if not usable:
+        raise CommandError(f"all versions of {name} are retired; name one that is not, or add one")
+    return name, usable[-1]
 
 
 def _token_ids(text: str) -> list[int]:

@@ -12,6 +12,7 @@ _COLUMNS = {
     "model": "MODEL",
     "vllm_version": "VLLM",
     "versions": "ADAPTER VERSIONS",
+    "memory": "ADAPTER MEMORY",
     "error": "ERROR",
 }
 
@@ -28,4 +29,18 @@ def _row(engine: dict[str, Any]) -> dict[str, Any]:
     status = engine["status"] or {}
     versions = [f"{v['name']}@{v['version']} ({v['state']})" for v in status.get("versions", [])]
     state = "ready" if engine["is_available"] else "away"
-    return {**status, "name": engine["name"], "state": state, "versions": versions, "error": engine["error"]}
+    return {
+        **status,
+        "name": engine["name"],
+        "state": state,
+        "versions": versions,
+        "memory": _memory(status.get("weights")),
+        "error": engine["error"],
+    }
+
+
+def _memory(weights: dict[str, Any] | None) -> str | None:
+    if weights is None:
+        return None
+    budget = weights["budget_bytes"]
+    return f"{weights['used_bytes']} B" if budget is None else f"{weights['used_bytes']} of {budget} B"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -46,10 +47,19 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *,
         console.print(table)
 
 
-def describe_steering(steering: Sequence[Mapping[str, Any]]) -> str:
+def describe_steering(
+    steering: Sequence[Mapping[str, Any]], operators: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """A steering in one line; `base` when there is none."""
     terms = [f"{term['name']}@{term['version']}={term['alpha']:g}" for term in steering]
-    return " ".join(terms) or "base"
+    if not terms and "negative_prompt" not in operators:
+        terms = ["base"]  # operators have nothing to act on
+    for name, value in operators.items():
+        if isinstance(value, Mapping):
+            terms += [f"{name}.{part}={item:g}" for part, item in value.items()]
+        else:
+            terms.append(f"{name}={value:g}" if isinstance(value, int | float) else name)
+    return " ".join(terms)
 
 
 def _cell(field: str, value: Any) -> str:

@@ -112,12 +112,18 @@ def _filters(
     }
 
 
+def _operators(sampling: dict[str, Any]) -> dict[str, Any]:
+    guidance = sampling.get("guidance")
+    of_guidance = {"negative_prompt": "", "guidance_scale": guidance["scale"]} if guidance else {}
+    return {**sampling.get("steering_operators", {}), **of_guidance}
+
+
 def _row(rollout: dict[str, Any]) -> dict[str, Any]:
     text = " ".join(rollout["output_text"].split())
     rewards = [f"{reward['name']}={reward['raw']:.4g}" for reward in rollout["rewards"]]
     return {
         **rollout,
-        "steering": describe_steering(rollout["steering"]),
+        "steering": describe_steering(rollout["steering"], _operators(rollout["sampling"])),
         "chosen": "yes" if rollout["chosen"] else "no",
         "reward": rewards,
         "num_tokens": len(rollout["output_token_ids"]),

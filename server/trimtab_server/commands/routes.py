@@ -1,5 +1,6 @@
 """`trimtab routes`."""
 
+import json
 import re
 from typing import Annotated, Any
 
@@ -41,6 +42,20 @@ def set_route(
     adapter: Annotated[
         list[str] | None, typer.Option(help="NAME[@VERSION][=ALPHA]; repeat it to mix adapters.")
     ] = None,
+    schedule_start: Annotated[int | None, typer.Option(help="First generated token to steer, from 0.")] = None,
+    schedule_first: Annotated[int | None, typer.Option(help="How many tokens to steer from there on.")] = None,
+    schedule_decay: Annotated[float | None, typer.Option(help="Factor on alpha from each token to the next.")] = None,
+    plausibility: Annotated[
+        float | None, typer.Option(help="Leave only tokens with this fraction of the base's largest probability.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Most nats per token that steering may move the base.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Steer away from how the base goes on after this text (completions).")
+    ] = None,
+    negative_messages: Annotated[
+        str | None, typer.Option(help="The same for chat: a JSON array of messages with role and content.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How far to steer away from it.")] = None,
     best_of: Annotated[int | None, typer.Option(help="Candidates per prompt.")] = None,
     reward: Annotated[str | None, typer.Option(help="Reward that ranks the candidates.")] = None,
     comment: Annotated[str, typer.Option(help="Kept in the history.")] = "",
@@ -48,9 +63,17 @@ def set_route(
     admin_key: AdminKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a route or replace its whole state. Without adapters it is the base model under another name."""
+    """Make a route or replace its whole state. Without any steering it is the base model under another name."""
+    schedule = _given(start=schedule_start, first=schedule_first, decay=schedule_decay)
+    operators = _given(
+        schedule=schedule or None,
+        plausibility=plausibility,
+        max_kl=max_kl,
+        negative_prompt=_negative_prompt(negative_prompt, negative_messages),
+        guidance_scale=guidance_scale,
+    )
     body = {
-        "steering": {"adapters": [parse_term(term) for term in adapter or []]},
+        "steering": {"adapters": [parse_term(term) for term in adapter or []], **operators},
         "best_of": best_of,
         "reward": reward,
         "comment": comment,
@@ -69,7 +92,7 @@ def activate(
     admin_key: AdminKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put an adapter version on the route; its best-of and reward stay."""
+    """Put an adapter version on the route; its operators, best-of and reward stay."""
     body = {"adapter": adapter, "version": version, "alpha": alpha, "comment": comment}
     with AdminClient(url, admin_key) as client:
         report_revision(client.post("routes", name, "activate", body=body), as_json=as_json)
@@ -130,10 +153,29 @@ def report_revision(revision: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(revision)
     else:
-        steering = describe_steering(revision["steering"])
+        steering = _described(revision)
         print_line(f"{revision['route']} is at revision {revision['revision']}: {steering}")
 
 
+def _described(revision: dict[str, Any]) -> str:
+    return describe_steering(revision["steering"], revision.get("operators") or {})
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _negative_prompt(text: str | None, messages: str | None) -> Any:
+    if messages is None:
+        return text
+    if text is not None:
+        raise CommandError("give either --negative-prompt or --negative-messages")
+    try:
+        return json.loads(messages)
+    except ValueError as exc:
+        raise CommandError(f"--negative-messages is not JSON: {exc}") from exc
+
+
 def _print_revisions(revisions: list[dict[str, Any]], *, as_json: bool) -> None:
-    rows = revisions if as_json else [{**r, "steering": describe_steering(r["steering"])} for r in revisions]
+    rows = revisions if as_json else [{**r, "steering": _described(r)} for r in revisions]
     print_rows(rows, _COLUMNS, as_json=as_json, empty="There is no route; make one with `trimtab routes set`.")

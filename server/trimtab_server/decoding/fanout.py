@@ -1,11 +1,13 @@
 """One engine request per candidate, all at the same time; if one fails, the others stop."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import cast
+from typing import Generic, TypeVar
 
-from trimtab_server.engine.base import Candidate, Engine, EngineDelta, EngineRequest
+from trimtab_server.engine.base import Candidate, Engine, EngineRequest
+
+D = TypeVar("D")
 
 
 async def generate_all(engine: Engine, requests: Sequence[EngineRequest]) -> list[Candidate]:
@@ -21,19 +23,25 @@ async def generate_all(engine: Engine, requests: Sequence[EngineRequest]) -> lis
     return [task.result() for task in tasks]
 
 
-class MergedStream:
+class MergedStream(Generic[D]):
     """The deltas of several candidates, in the order in which they arrive.
 
     `next()` may be called from different tasks, one at a time. `aclose()` aborts what still runs.
+
+    Args:
+        stream: The deltas of one candidate; closing it aborts the candidate.
+        requests: The candidates.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
+    def __init__(
+        self, stream: Callable[[EngineRequest], AsyncGenerator[D, None]], requests: Sequence[EngineRequest]
+    ) -> None:
         # Bounded: when the client reads slowly, the engine's connections fill up and nothing piles up here.
-        self._queue: asyncio.Queue[tuple[int, EngineDelta] | BaseException | None] = asyncio.Queue(2 * len(requests))
+        self._queue: asyncio.Queue[tuple[int, D] | BaseException | None] = asyncio.Queue(2 * len(requests))
         self._num_open = len(requests)
-        self._tasks = [asyncio.create_task(self._pump(engine, i, request)) for i, request in enumerate(requests)]
+        self._tasks = [asyncio.create_task(self._pump(stream, i, request)) for i, request in enumerate(requests)]
 
-    async def next(self) -> tuple[int, EngineDelta] | None:
+    async def next(self) -> tuple[int, D] | None:
         """Index of the request and its next delta; None at the end of all. Raises the first error of any."""
         while self._num_open:
             item = await self._queue.get()
@@ -51,9 +59,11 @@ class MergedStream:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _pump(self, engine: Engine, index: int, request: EngineRequest) -> None:
+    async def _pump(
+        self, stream: Callable[[EngineRequest], AsyncGenerator[D, None]], index: int, request: EngineRequest
+    ) -> None:
         try:
-            async with aclosing(cast("AsyncGenerator[EngineDelta, None]", engine.stream(request))) as deltas:
+            async with aclosing(stream(request)) as deltas:
                 async for delta in deltas:
                     await self._queue.put((index, delta))
         except Exception as exc:  # noqa: BLE001 not swallowed: the reader raises it

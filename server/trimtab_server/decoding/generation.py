@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
@@ -16,6 +19,7 @@ from trimtab_adapters.contract.errors import (
     StorageError,
 )
 from trimtab_server.decoding.candidates import Selection, Selector
+from trimtab_server.decoding.explanations import ExplainedDelta, Explainer
 from trimtab_server.decoding.fanout import MergedStream, generate_all
 from trimtab_server.decoding.job import GenerationJob, JobResult, PromptResult
 from trimtab_server.decoding.logprobs import checked_record
@@ -39,16 +43,24 @@ class Generator:
         selector: Ranks candidates.
         rollout_log: Where rollouts go; not used when `mode` is `off`.
         mode: In `durable` mode a failing log fails the request; in `async` mode it is logged as an error.
+        explainer: Explains the choices of jobs that ask for it.
     """
 
     def __init__(
-        self, engine: Engine, residency: Residency, selector: Selector, rollout_log: RolloutLog, mode: RolloutMode
+        self,
+        engine: Engine,
+        residency: Residency,
+        selector: Selector,
+        rollout_log: RolloutLog,
+        mode: RolloutMode,
+        explainer: Explainer,
     ) -> None:
         self._engine = engine
         self._residency = residency
         self._selector = selector
         self._rollout_log = rollout_log
         self._mode = mode
+        self._explainer = explainer
 
     @property
     def is_logging(self) -> bool:
@@ -59,24 +71,27 @@ class Generator:
         """Generate, rank and log all candidates of a job. Cancelling aborts the engine's work."""
         requests = [job.request(p, c) for p in range(len(job.prompts)) for c in range(job.num_candidates)]
         with self.watching():
-            async with self._residency.pin(weight.version for weight in job.active_steering):
+            async with self._residency.pin(weight.version for weight in job.active_adapters):
                 candidates = await generate_all(self._engine, requests)
             for i, candidate in enumerate(candidates):
                 candidate.index = i % job.num_candidates
             await self.attach_records(job, candidates)
             prompts = await self._rank(job, candidates)
+            if job.explains:
+                chosen = [selection.candidate for prompt in prompts for selection in prompt.selections[: job.n]]
+                await self._explainer.explain(job, chosen)
         return await self.finished(job, prompts)
 
     def stream(self, job: GenerationJob) -> "JobStream":
         """Answer a job piece by piece; every candidate is a choice."""
-        return JobStream(self, self._engine, self._residency, job)
+        return JobStream(self, self._engine, self._residency, self._explainer, job)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, by the engine's tokenizer."""
         return str((await self._engine.post("/detokenize", {"tokens": list(token_ids)}))["prompt"])
 
     async def attach_records(self, job: GenerationJob, candidates: Sequence[Candidate]) -> None:
-        """Fetch and check the records of steered candidates that were asked for and are not there yet."""
+        """Fetch and check the records of candidates that were asked for and are not there yet."""
         if not job.record:
             return
         due = {c.steering.uid: c for c in candidates if c.steering is not None and c.record is None}
@@ -105,6 +120,8 @@ class Generator:
         except AdapterError as exc:
             # The caller named a registered version; that the engine cannot use it is not the request's fault.
             raise SteeringError(f"An adapter version of this request cannot be used: {exc.message}") from exc
+        except AdapterMemoryFullError:
+            raise  # nothing is wrong with the engine
         except (EngineError, SteeringError) as exc:
             if not isinstance(exc, EngineRequestError) or exc.engine_status in (400, 404) or exc.engine_status >= 500:
                 self._residency.forget()
@@ -152,6 +169,7 @@ class ChoiceDelta:
         is_last: Whether it is the last piece of the whole answer.
         num_tokens: Tokens of this choice up to here.
         num_prompt_tokens: Tokens of its prompt.
+        explanation: Of the tokens of the piece, where it was asked for.
         candidate: Complete, on the piece that ends its choice.
     """
 
@@ -162,35 +180,39 @@ class ChoiceDelta:
     is_last: bool
     num_tokens: int
     num_prompt_tokens: int
+    explanation: dict[str, Any] | None
     candidate: Candidate | None
 
 
 class JobStream:
     """A streamed job. `start()` returns when the first delta is there, so that an error before it keeps its status."""
 
-    def __init__(self, generator: Generator, engine: Engine, residency: Residency, job: GenerationJob) -> None:
+    def __init__(
+        self, generator: Generator, engine: Engine, residency: Residency, explainer: Explainer, job: GenerationJob
+    ) -> None:
         self._generator = generator
         self._engine = engine
         self._residency = residency
+        self._explainer = explainer
         self._job = job
         self._pins = AsyncExitStack()
-        self._merged: MergedStream | None = None
+        self._merged: MergedStream[ExplainedDelta] | None = None
         self._builders: list[CandidateBuilder] = []
         self._candidates: dict[int, Candidate] = {}
         self._seen: set[int] = set()
-        self._ahead: tuple[int, EngineDelta] | None = None
+        self._ahead: tuple[int, ExplainedDelta] | None = None
 
     async def start(self) -> None:
         """Pin the versions and wait for the first delta. Call `aclose` in the end, also when this fails."""
         job = self._job
         requests = [job.request(p, c) for p in range(len(job.prompts)) for c in range(job.num_candidates)]
         with self._generator.watching():
-            await self._pins.enter_async_context(self._residency.pin(w.version for w in job.active_steering))
+            await self._pins.enter_async_context(self._residency.pin(w.version for w in job.active_adapters))
             self._builders = [
                 CandidateBuilder(request, self._engine.name, index=i % job.num_candidates)
                 for i, request in enumerate(requests)
             ]
-            self._merged = MergedStream(self._engine, requests)
+            self._merged = MergedStream(partial(self._explainer.stream, job), requests)
             self._ahead = await self._merged.next()
 
     def __aiter__(self) -> "JobStream":
@@ -205,11 +227,11 @@ class JobStream:
                     raise EngineDiedError("the engine ended its answer without saying why")
                 await self._pins.aclose()
                 raise StopAsyncIteration
-            index, delta = item
+            index, piece = item
             builder = self._builders[index]
-            builder.add(delta)
-            if delta.choice:  # else it only brought the usage
-                return await self._choice_delta(index, delta, builder)
+            builder.add(piece.delta)
+            if piece.delta.choice:  # else it only brought the usage
+                return await self._choice_delta(index, piece, builder)
 
     async def result(self) -> JobResult:
         """After the last piece: check the records, log the rollouts."""
@@ -228,7 +250,7 @@ class JobStream:
             await self._merged.aclose()
         await self._pins.aclose()
 
-    async def _next(self) -> tuple[int, EngineDelta] | None:
+    async def _next(self) -> tuple[int, ExplainedDelta] | None:
         assert self._merged is not None, "start() comes first"
         if self._ahead is not None:
             item, self._ahead = self._ahead, None
@@ -236,8 +258,8 @@ class JobStream:
         with self._generator.watching():
             return await self._merged.next()
 
-    async def _choice_delta(self, index: int, delta: EngineDelta, builder: CandidateBuilder) -> ChoiceDelta:
-        candidate = None
+    async def _choice_delta(self, index: int, piece: ExplainedDelta, builder: CandidateBuilder) -> ChoiceDelta:
+        candidate, delta = None, piece.delta
         if delta.choice.get("finish_reason") is not None:
             candidate = self._candidates[index] = builder.candidate()
             if self._job.steering_logprobs:
@@ -253,6 +275,7 @@ class JobStream:
             is_last=candidate is not None and len(self._candidates) == len(self._builders),
             num_tokens=len(builder.token_ids),
             num_prompt_tokens=len(builder.prompt_token_ids),
+            explanation=piece.explanation,
             candidate=candidate,
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
+from trimtab_adapters.contract.params import AdapterWeight, Guidance, SteeringOperators, SteeringParams
 from trimtab_server.decoding.candidates import Selection
 from trimtab_server.engine.base import Candidate, Endpoint, EngineRequest
 from trimtab_server.storage.base import ResolvedModel
@@ -43,6 +43,8 @@ class GenerationJob:
         calibration_size: Reference rollouts per prompt; None means the selector's default.
         record: Whether the engine shall record the steering.
         steering_logprobs: Whether the caller wants the recorded log-probabilities.
+        guidance: The negative prompt of the steering as token ids, and its scale.
+        num_alternatives: Alternatives per token of the explanation; None when none is asked for.
         metadata: For the rollouts.
     """
 
@@ -59,12 +61,34 @@ class GenerationJob:
     calibration_size: int | None = None
     record: bool = False
     steering_logprobs: bool = False
+    guidance: Guidance | None = None
+    num_alternatives: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def active_steering(self) -> list[AdapterWeight]:
-        """The terms that change anything. With none the engine is asked for the plain base."""
+    def active_adapters(self) -> list[AdapterWeight]:
+        """The adapters that change anything."""
         return [weight for weight in self.resolved.steering if weight.alpha != 0.0]
+
+    @property
+    def active_guidance(self) -> Guidance | None:
+        """The guidance, when it changes anything."""
+        return self.guidance if self.guidance is not None and self.guidance.scale != 1.0 else None
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether anything moves the base. Else the engine is asked for the plain base."""
+        return bool(self.active_adapters) or self.active_guidance is not None
+
+    @property
+    def operators(self) -> SteeringOperators:
+        """What is done with what the adapters and the guidance add; nothing without any of them."""
+        return self.resolved.options.operators if self.is_steered else SteeringOperators()
+
+    @property
+    def explains(self) -> bool:
+        """Whether the caller wants every token explained."""
+        return self.num_alternatives is not None
 
     @property
     def num_choices(self) -> int:
@@ -74,12 +98,23 @@ class GenerationJob:
     def request(self, prompt_index: int, candidate_index: int) -> EngineRequest:
         """The engine's request for one candidate."""
         uid = f"{self.id}-{prompt_index}-{candidate_index}"
-        active = self.active_steering
-        steering = SteeringParams(uid=uid, adapters=active, record=self.record) if active else None
         body = {**self.body, **self.prompts[prompt_index].fields}
         if self.seed is not None:
             body["seed"] = (self.seed + candidate_index + _SEED_SPAN // 2) % _SEED_SPAN - _SEED_SPAN // 2
-        return EngineRequest(self.endpoint, body, steering, uid)
+        return EngineRequest(self.endpoint, body, self.steering(uid), uid)
+
+    def steering(self, uid: str) -> SteeringParams | None:
+        """What the engine is told about one candidate's steering; None when there is nothing to do or to record."""
+        if not (self.is_steered or self.explains):
+            return None
+        return SteeringParams(
+            uid=uid,
+            adapters=self.active_adapters,
+            guidance=self.active_guidance,
+            operators=self.operators,
+            record=self.record,
+            num_alternatives=self.num_alternatives,
+        )
 
     def reference_request(self, prompt_index: int, draw_index: int) -> EngineRequest:
         """The engine's request for one unsteered rollout of the same prompt and sampling settings.

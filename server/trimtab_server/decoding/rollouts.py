@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from trimtab_adapters.contract.params import SteeringOperators
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.engine.base import Candidate
@@ -39,8 +40,15 @@ def _rollout(
     num_candidates: int,
     reward: RewardValue | None,
 ) -> Rollout:
-    job, record = result.job, candidate.record
+    job = result.job
+    # A candidate that was only explained has a record, in which nothing differs from the base.
+    record = candidate.record if candidate.is_steered else None
     rollout = _base(result, prompt_index, candidate, job.request(prompt_index, candidate.index).body)
+    sampling = {**rollout.sampling}
+    if job.operators != SteeringOperators():
+        sampling["steering_operators"] = job.operators.model_dump(exclude_none=True)
+    if job.active_guidance is not None:
+        sampling["guidance"] = job.active_guidance.model_dump()
     return rollout.model_copy(
         update={
             "id": f"{job.id}-{prompt_index}-{candidate.index}",
@@ -51,6 +59,7 @@ def _rollout(
             "steered_logprobs": record.steered_logprobs if record else candidate.token_logprobs,
             "kl": record.kl if record else None,
             "flipped": record.flipped if record else None,
+            "sampling": sampling,
             "num_candidates": num_candidates,
             "chosen": is_chosen,
             "rewards": [reward] if reward is not None else [],

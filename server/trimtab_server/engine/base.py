@@ -7,7 +7,7 @@ The gateway fans `n`, `best_of` and lists of prompts out itself, so an engine re
 candidate.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -27,7 +27,7 @@ class EngineRequest:
         body: The engine's request body without `model`, `n`, `stream` and `stream_options`; validated and translated
             by the gateway. Always asks for `logprobs` >= 0 and `return_token_ids`. `vllm_xargs` are the caller's own;
             the engine adds the steering to them.
-        steering: None for an unsteered candidate.
+        steering: None for a candidate that is neither steered nor explained.
         request_id: For the engine's log and traces; unique per candidate.
     """
 
@@ -70,8 +70,9 @@ class Candidate:
         finish_reason: OpenAI's.
         usage: The engine's usage object for this candidate.
         duration_s: From sending the request to the last byte.
-        steering: What was asked of the engine; None when unsteered.
-        record: The engine's record of the steering; None when unsteered or not asked for.
+        steering: What was asked of the engine; None when it was neither to steer nor to explain.
+        record: The engine's record; None when there is no steering, or it was not asked for.
+        explanation: What the caller is told about each token; None when not asked for.
         engine: Name of the engine that made it.
     """
 
@@ -86,7 +87,13 @@ class Candidate:
     duration_s: float
     steering: SteeringParams | None = None
     record: SteeringRecord | None = None
+    explanation: dict[str, Any] | None = None
     engine: str = ""
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether anything moved the base."""
+        return self.steering is not None and self.steering.is_active
 
     @property
     def mean_logprob(self) -> float:
@@ -128,8 +135,24 @@ class Engine(Protocol):
         """The records of finished candidates, by uid; each can be taken once. Unknown uids are left out."""
         ...
 
+    async def read_records(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]:
+        """What was recorded so far of running candidates, which stays there.
+
+        Args:
+            starts: For each uid the number of tokens that the caller knows already; the record begins behind them.
+
+        Returns:
+            Records by uid, which may hold tokens that have not arrived yet. Unknown uids are left out.
+        """
+        ...
+
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
-        """Load and validate a version in the engine without using it. Raises `AdapterError` when it is refused."""
+        """Load and validate a version in the engine without using it.
+
+        Raises:
+            AdapterError: It is refused.
+            AdapterMemoryFullError: The engine's adapter memory has no room for it now.
+        """
         ...
 
     async def commit(self, version: VersionId) -> LoadedVersion:

@@ -6,7 +6,7 @@ that must be prepared and committed, records that can be taken once, and failure
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from trimtab_adapters.contract.engine_api import CacheStatus, EngineStatus, LoadedVersion, RetireReply, WeightStatus
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
     EngineRequestError,
     EngineUnavailableError,
     SteeringError,
@@ -49,6 +50,8 @@ class Observed:
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     taken: list[list[str]] = field(default_factory=list)
+    read: list[dict[str, int]] = field(default_factory=list)
+    posted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     running: int = 0
     max_running: int = 0
@@ -62,8 +65,11 @@ class FakeEngine:
         model: Reported by `status`.
         max_model_len: Prompts that leave no room are refused with 400, as vLLM does.
         has_chat_template: Without one chat requests are refused, as vLLM does.
+        can_guide: Reported by `status`.
         fault_for: Decides per request what goes wrong.
         refuse_version: Reason for which `prepare` refuses a version, or None.
+        weight_budget_bytes: Budget of adapter memory; None means no bound.
+        weight_bytes: What a version takes of it.
     """
 
     def __init__(
@@ -73,15 +79,21 @@ class FakeEngine:
         model: str = "base",
         max_model_len: int = 4096,
         has_chat_template: bool = True,
+        can_guide: bool = True,
         fault_for: Callable[[EngineRequest], Fault | None] | None = None,
         refuse_version: Callable[[VersionId], AdapterError | None] | None = None,
+        weight_budget_bytes: int | None = None,
+        weight_bytes: Callable[[VersionId], int] = lambda version: 1,
     ) -> None:
         self._name = name
         self._model = model
         self._max_model_len = max_model_len
         self._has_chat_template = has_chat_template
+        self._can_guide = can_guide
         self.fault_for = fault_for
         self.refuse_version = refuse_version
+        self.weight_budget_bytes = weight_budget_bytes
+        self.weight_bytes = weight_bytes
         self.is_up = True
         self.boot_id = uuid.uuid4().hex
         self.observed = Observed()
@@ -140,9 +152,14 @@ class FakeEngine:
                 computed_tokens=0,
                 recomputed_tokens=0,
             ),
-            weights=WeightStatus(budget_bytes=None, used_bytes=0),
-            can_guide=True,
+            weights=WeightStatus(budget_bytes=self.weight_budget_bytes, used_bytes=self.used_weight_bytes),
+            can_guide=self._can_guide,
         )
+
+    @property
+    def used_weight_bytes(self) -> int:
+        """Adapter memory of the versions that are loaded or loading."""
+        return sum(version.weight_bytes for version in self.versions.values() if version.state != "failed")
 
     async def generate(self, request: EngineRequest) -> Candidate:
         """Generate one candidate."""
@@ -162,14 +179,36 @@ class FakeEngine:
         self.observed.taken.append(list(uids))
         return {uid: self._records.pop(uid) for uid in uids if uid in self._records}
 
+    async def read_records(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]:
+        """What was recorded so far, from a token on; it stays."""
+        self._check_up()
+        self.observed.read.append(dict(starts))
+        return {uid: _from(self._records[uid], start) for uid, start in starts.items() if uid in self._records}
+
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
         """Load a version; waits for `load_gate`."""
         self._check_up()
         self.observed.calls.append(("prepare", version))
-        await self.load_gate.wait()
-        if self.refuse_version is not None and (error := self.refuse_version(version)) is not None:
-            raise error
-        self.versions[version] = LoadedVersion(version=version, name="adapter", state="prepared")
+        if version in self.versions and self.versions[version].state in ("prepared", "committed"):
+            return self.versions[version]
+        weight_bytes = self.weight_bytes(version)
+        self.versions.pop(version, None)
+        if self.weight_budget_bytes is not None and self.used_weight_bytes + weight_bytes > self.weight_budget_bytes:
+            self.versions[version] = LoadedVersion(
+                version=version, name="", state="failed", weight_bytes=weight_bytes, error_code="adapter_memory_full"
+            )
+            raise AdapterMemoryFullError("the adapter memory is full")
+        self.versions[version] = LoadedVersion(version=version, name="", state="loading", weight_bytes=weight_bytes)
+        try:
+            await self.load_gate.wait()
+            if self.refuse_version is not None and (error := self.refuse_version(version)) is not None:
+                raise error
+        except BaseException:
+            self.versions.pop(version, None)
+            raise
+        self.versions[version] = LoadedVersion(
+            version=version, name="adapter", state="prepared", weight_bytes=weight_bytes
+        )
         return self.versions[version]
 
     async def commit(self, version: VersionId) -> LoadedVersion:
@@ -191,8 +230,10 @@ class FakeEngine:
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """`/tokenize` and `/detokenize`."""
         self._check_up()
-        if path == "/tokenize" and "prompt" in body:
-            tokens = fake_model.tokenize(body["prompt"])
+        self.observed.posted.append((path, body))
+        if path == "/tokenize":
+            text = body["prompt"] if "prompt" in body else self._render_chat(body["messages"])
+            tokens = fake_model.tokenize(text)
             return {"count": len(tokens), "max_model_len": self._max_model_len, "tokens": tokens, "token_strs": None}
         if path == "/detokenize":
             if any(not 0 <= token < fake_model.VOCAB_SIZE for token in body["tokens"]):
@@ -242,13 +283,7 @@ class FakeEngine:
         """The ids of a request's prompt, or the refusal that vLLM would answer."""
         body = request.body
         if request.endpoint == "chat.completions":
-            if not self._has_chat_template:
-                raise EngineRequestError(
-                    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
-                    "template if the tokenizer does not define one.",
-                    engine_status=400,
-                )
-            prompt = fake_model.tokenize(fake_model.render_chat(body["messages"]))
+            prompt = fake_model.tokenize(self._render_chat(body["messages"]))
         else:
             raw = body["prompt"]
             prompt = fake_model.tokenize(raw) if isinstance(raw, str) else list(raw)
@@ -260,6 +295,15 @@ class FakeEngine:
             )
         return prompt
 
+    def _render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
+        if not self._has_chat_template:
+            raise EngineRequestError(
+                "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+                "template if the tokenizer does not define one.",
+                engine_status=400,
+            )
+        return fake_model.render_chat(messages)
+
     def check_versions(self, request: EngineRequest) -> None:
         """Refuse a steering whose versions are not committed."""
         for weight in request.steering.adapters if request.steering is not None else ():
@@ -270,6 +314,23 @@ class FakeEngine:
     def _check_up(self) -> None:
         if not self.is_up:
             raise EngineUnavailableError(f"the engine {self._name} cannot be reached; it may be starting")
+
+
+def _from(record: SteeringRecord, start: int) -> SteeringRecord:
+    negative, alternatives = record.negative_logprobs, record.alternatives
+    return record.model_copy(
+        update={
+            "num_tokens": max(record.num_tokens - start, 0),
+            "token_ids": record.token_ids[start:],
+            "base_logprobs": record.base_logprobs[start:],
+            "adapter_logprobs": [values[start:] for values in record.adapter_logprobs],
+            "negative_logprobs": None if negative is None else negative[start:],
+            "steered_logprobs": record.steered_logprobs[start:],
+            "kl": record.kl[start:],
+            "flipped": record.flipped[start:],
+            "alternatives": None if alternatives is None else alternatives[start:],
+        }
+    )
 
 
 class _Speech:
@@ -334,14 +395,10 @@ class _Speech:
         )
 
     def _next(self, prompt: list[int], position: int) -> fake_model.FakeToken:
-        steering = self._request.steering
-        return fake_model.next_token(
-            prompt,
-            position,
-            steering.adapters if steering is not None else (),
-            seed=self._seed,
-            greedy=self._request.body.get("temperature") == 0,
-        )
+        steering, greedy = self._request.steering, self._request.body.get("temperature") == 0
+        if steering is None:
+            return fake_model.next_token(prompt, position, (), seed=self._seed, greedy=greedy)
+        return fake_model.next_token_of(prompt, position, steering, seed=self._seed, greedy=greedy)
 
     def _stopped(self, text: str, piece: str) -> tuple[str, str | None]:
         stops = self._request.body.get("stop") or []
@@ -355,10 +412,10 @@ class _Speech:
         record, steering = self._record, self._request.steering
         if record is None or steering is None:
             return
+        self._engine.keep_record(record)
         record.num_tokens += 1
         if failure is not None:
             record.status, record.error = "failed", failure
-            self._engine.keep_record(record)
         if steering.record:
             record.token_ids.append(token.id)
             record.base_logprobs.append(token.base_logprob)
@@ -367,7 +424,12 @@ class _Speech:
             for values, value in zip(record.adapter_logprobs, token.adapter_logprobs, strict=True):
                 values.append(value)
             record.kl.append(fake_model.kl_of(token))
-            record.flipped.append(True)
+            record.flipped.append(token.is_steered)
+            if steering.guidance is not None:
+                record.negative_logprobs = [*(record.negative_logprobs or []), token.negative_logprob]
+            if steering.num_alternatives is not None:
+                at = fake_model.alternatives_of(token, steering)
+                record.alternatives = [*(record.alternatives or []), at]
 
     def _delta(
         self,

@@ -12,8 +12,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from trimtab_adapters.contract.engine_api import PrepareRequest, TakeReply, TakeRequest, VersionRequest
-from trimtab_adapters.contract.errors import EngineDiedError, EngineRequestError, EngineUnavailableError, TrimtabError
+from trimtab_adapters.contract.engine_api import PrepareRequest, ReadRequest, TakeReply, TakeRequest, VersionRequest
+from trimtab_adapters.contract.errors import (
+    AdapterMemoryFullError,
+    EngineDiedError,
+    EngineRequestError,
+    EngineUnavailableError,
+    TrimtabError,
+)
 from trimtab_adapters.contract.params import SteeringParams
 from trimtab_server.engine.base import Endpoint, EngineRequest
 from trimtab_server.engine.candidate_builder import CandidateBuilder
@@ -35,6 +41,7 @@ def fake_vllm_app(engine: FakeEngine) -> Starlette:
         Route("/trimtab/adapters/commit", _plain(lambda body: engine.commit(_version(body))), methods=["POST"]),
         Route("/trimtab/adapters/retire", _plain(lambda body: engine.retire(_version(body))), methods=["POST"]),
         Route("/trimtab/records/take", _plain(lambda body: _take(engine, body)), methods=["POST"]),
+        Route("/trimtab/records/read", _plain(lambda body: _read(engine, body)), methods=["POST"]),
     ]
     return Starlette(routes=routes)
 
@@ -121,6 +128,12 @@ async def _take(engine: FakeEngine, body: dict[str, Any]) -> TakeReply:
     return TakeReply(records=list(records.values()), missing=[uid for uid in uids if uid not in records])
 
 
+async def _read(engine: FakeEngine, body: dict[str, Any]) -> TakeReply:
+    starts = ReadRequest.model_validate(body).starts
+    records = await engine.read_records(starts)
+    return TakeReply(records=list(records.values()), missing=[uid for uid in starts if uid not in records])
+
+
 def _error_body(exc: TrimtabError) -> dict[str, Any]:
     status = _status(exc)
     code: int | str = exc.code if exc.code and not isinstance(exc, EngineRequestError) and status < 500 else status
@@ -133,6 +146,8 @@ def _status(exc: TrimtabError) -> int:
         return exc.engine_status
     if isinstance(exc, EngineDiedError):
         return 500  # as vLLM's server does
+    if isinstance(exc, AdapterMemoryFullError):
+        return 409
     return 503 if isinstance(exc, EngineUnavailableError) else exc.status
 
 

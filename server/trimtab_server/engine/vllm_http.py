@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from trimtab_adapters.contract.engine_api import (
 )
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
@@ -35,7 +36,7 @@ from trimtab_adapters.contract.errors import (
 from trimtab_adapters.contract.params import SteeringParams, VersionId, is_failed_logprob
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.engine.base import Candidate, Endpoint, EngineDelta, EngineRequest
-from trimtab_server.engine.record_taker import RecordTaker
+from trimtab_server.engine.record_fetcher import RecordFetcher
 from trimtab_server.engine.sharded_transport import ShardedTransport
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class VllmEngine:
         self._client = client
         self._slots = asyncio.Semaphore(max_concurrent)
         self._retry_after_s = retry_after_s
-        self._taker = RecordTaker(self._take)
+        self._taker = RecordFetcher(self._take)
+        self._reader = RecordFetcher(self._read)
 
     @property
     def name(self) -> str:
@@ -187,16 +189,27 @@ class VllmEngine:
 
     async def take_records(self, uids: Sequence[str]) -> dict[str, SteeringRecord]:
         """The records of finished candidates, by uid. Concurrent calls share one request to the engine."""
-        return await self._taker.take(uids)
+        return await self._taker.fetch(dict.fromkeys(uids, 0))
+
+    async def read_records(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]:
+        """What was recorded so far of running candidates. Concurrent calls share one request to the engine."""
+        return await self._reader.fetch(starts)
 
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
-        """Load and validate a version. Raises `AdapterError`, of the engine's own kind, when it is refused."""
+        """Load and validate a version.
+
+        Raises:
+            AdapterError: It is refused; of the engine's own kind.
+            AdapterMemoryFullError: There is no room for it now.
+        """
         body = PrepareRequest(version=version, path=path)
         try:
             loaded = _parsed(LoadedVersion, await self._call("/trimtab/adapters/prepare", body.model_dump(), _LOAD))
         except EngineRequestError as exc:
             if exc.engine_status >= 500:
                 raise
+            if exc.error.get("code") == AdapterMemoryFullError.default_code:
+                raise AdapterMemoryFullError(exc.message) from exc
             raise _adapter_error(exc.message, exc.error.get("code")) from exc
         if loaded.state == "failed":
             raise _adapter_error(loaded.error or f"the engine could not load version {version}", loaded.error_code)
@@ -221,6 +234,7 @@ class VllmEngine:
     async def aclose(self) -> None:
         """Close the connections."""
         await self._taker.aclose()
+        await self._reader.aclose()
         await self._client.aclose()
 
     async def _call(self, path: str, body: dict[str, Any], timeout: httpx.Timeout) -> httpx.Response:
@@ -230,8 +244,14 @@ class VllmEngine:
             raise _refusal(response)
         return response
 
-    async def _take(self, uids: Sequence[str]) -> dict[str, SteeringRecord]:
-        data = await self.post("/trimtab/records/take", {"uids": list(uids)})
+    async def _take(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]:
+        return await self._records("/trimtab/records/take", {"uids": list(starts)})
+
+    async def _read(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]:
+        return await self._records("/trimtab/records/read", {"starts": dict(starts)})
+
+    async def _records(self, path: str, body: dict[str, Any]) -> dict[str, SteeringRecord]:
+        data = await self.post(path, body)
         with _well_formed():
             records = [SteeringRecord.model_validate(record) for record in data["records"]]
         return {record.uid: record for record in records}

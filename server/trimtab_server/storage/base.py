@@ -6,9 +6,12 @@ from typing import Any, Literal, Protocol
 
 from trimtab_adapters.contract.calibration import EmpiricalCalibrator
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, SteeringRequest
 from trimtab_adapters.contract.records import Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
+
+NO_OPTIONS = SteeringOptions()
+"""A steering that has nothing beside its adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class AdapterVersion:
     manifest: Manifest
     created_at: float
     retired_at: float | None = None
+    pinned_at: float | None = None
+    """Since when an admin keeps it in the engine's memory, whether a route uses it or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class RouteRevision:
     reward: str | None = None
     created_at: float = 0.0
     comment: str = ""
+    options: SteeringOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class ResolvedModel:
     steering: tuple[AdapterWeight, ...]
     best_of: int | None = None
     reward: str | None = None
+    options: SteeringOptions = NO_OPTIONS
+    """The route's, with those of the request in their place."""
 
 
 class Catalog(Protocol):
@@ -64,7 +72,11 @@ class Catalog(Protocol):
         ...
 
     async def active_versions(self) -> Sequence[AdapterVersion]:
-        """Versions that some route uses now: what an engine must hold before it is ready."""
+        """Versions that a route uses now or that are pinned: what an engine must hold before it is ready."""
+        ...
+
+    def is_kept(self, version: str) -> bool:
+        """Whether a version is one of `active_versions`."""
         ...
 
 

@@ -12,10 +12,10 @@ from sqlalchemy import Connection, func, select, update
 
 from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import AdapterName, AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import AdapterName, AdapterWeight, SteeringOptions, SteeringRequest
 from trimtab_adapters.store import VersionStore
-from trimtab_server.storage.base import AdapterVersion, ResolvedModel, RouteRevision
-from trimtab_server.storage.catalog_state import CatalogState, dump_steering, revision_of
+from trimtab_server.storage.base import NO_OPTIONS, AdapterVersion, ResolvedModel, RouteRevision
+from trimtab_server.storage.catalog_state import CatalogState, dump_options, dump_steering, revision_of
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.tables import adapter_versions, route_revisions, routes
 
@@ -64,11 +64,12 @@ class SqlCatalog:
 
         Args:
             model: The base model's name or a route's.
-            steering: Replaces the route's steering; without adapters the answer is unsteered.
+            steering: Its adapters, where given, replace the route's; so does each option that is given, also as None.
 
         Raises:
             NotFoundError: An unknown model, adapter or version.
-            InvalidRequestError: A retired version, too many adapters, or the same version twice.
+            InvalidRequestError: A retired version, too many adapters, the same version twice, or a guidance scale
+                without a negative prompt.
         """
         state = self._state
         revision = None if model == self.base_model else state.routes.get(model)
@@ -83,6 +84,7 @@ class SqlCatalog:
             steering=terms,
             best_of=revision.best_of if revision is not None else None,
             reward=revision.reward if revision is not None else None,
+            options=(revision.options if revision is not None else NO_OPTIONS).overridden_by(steering),
         )
 
     async def version(self, version: str) -> AdapterVersion:
@@ -98,10 +100,15 @@ class SqlCatalog:
         return list(self._state.routes.values())
 
     async def active_versions(self) -> Sequence[AdapterVersion]:
-        """Versions that some route uses now."""
+        """Versions that some route uses now, and those that are pinned."""
         state = self._state
         wanted = {weight.version: None for revision in state.routes.values() for weight in revision.steering}
+        wanted |= {version.version: None for version in state.versions.values() if version.pinned_at is not None}
         return [state.version(version) for version in wanted]
+
+    def is_kept(self, version: str) -> bool:
+        """Whether a route uses a version now, or it is pinned."""
+        return self._state.is_kept(version)
 
     async def register(
         self,
@@ -187,7 +194,33 @@ class SqlCatalog:
                 raise ConflictError(
                     f"The version `{version}` is in use by the routes {', '.join(users)}; switch or delete them first"
                 )
-            connection.execute(statement.values(retired_at=self._clock()))
+            connection.execute(statement.values(retired_at=self._clock(), pinned_at=None))
+
+        await self._change(work)
+        return self._state.version(version)
+
+    async def pin_version(self, name: str, version: str) -> AdapterVersion:
+        """Keep a version in the engine's memory. Pinning it twice is harmless.
+
+        Raises:
+            NotFoundError: It does not exist.
+            InvalidRequestError: It is retired.
+        """
+        return await self._set_pinned(name, version, self._clock())
+
+    async def unpin_version(self, name: str, version: str) -> AdapterVersion:
+        """Let the engine give a version's memory to others when no route uses it. Raises `NotFoundError`."""
+        return await self._set_pinned(name, version, None)
+
+    async def _set_pinned(self, name: str, version: str, pinned_at: float | None) -> AdapterVersion:
+        statement = update(adapter_versions).where(adapter_versions.c.version == version)
+
+        def work(connection: Connection, state: CatalogState) -> None:
+            found = state.version_of(name, version)
+            if pinned_at is not None:
+                state.choose(name, version)
+            if (found.pinned_at is None) != (pinned_at is None):
+                connection.execute(statement.values(pinned_at=pinned_at))
 
         await self._change(work)
         return self._state.version(version)
@@ -200,6 +233,7 @@ class SqlCatalog:
         best_of: int | None = None,
         reward: str | None = None,
         comment: str = "",
+        options: SteeringOptions = NO_OPTIONS,
     ) -> RouteRevision:
         """Make a route, or give it a new revision.
 
@@ -209,6 +243,7 @@ class SqlCatalog:
             best_of: Candidates per prompt where a request says nothing.
             reward: Name of the reward that ranks them.
             comment: Kept in the history.
+            options: What the steering has beside its adapters.
 
         Raises:
             InvalidRequestError: A bad name, or a version that is retired.
@@ -216,7 +251,7 @@ class SqlCatalog:
             ConflictError: The name is the base model's.
         """
         self.check_route_name(route)
-        draft = RouteRevision(route, 0, tuple(steering), best_of, reward, comment=comment)
+        draft = RouteRevision(route, 0, tuple(steering), best_of, reward, comment=comment, options=options)
         return await self._write_revision(route, lambda connection, state: draft)
 
     def plan_activation(
@@ -255,7 +290,7 @@ class SqlCatalog:
     async def activate(
         self, route: str, adapter: str, version: str | None = None, alpha: float | None = None, comment: str = ""
     ) -> RouteRevision:
-        """Put an adapter version on a route, as `plan_activation` describes; `best_of` and `reward` stay."""
+        """Put an adapter version on a route, as `plan_activation` describes; all else stays."""
         steering = self.plan_activation(route, adapter, version, alpha)
         return await self.switch(route, steering, comment=comment)
 
@@ -267,7 +302,7 @@ class SqlCatalog:
         comment: str = "",
         expected_revision: int | None = None,
     ) -> RouteRevision:
-        """Give a route another steering; `best_of` and `reward` stay. The route is made when there is none.
+        """Give a route other adapters; all else stays. The route is made when there is none.
 
         Args:
             route: Its public model name.
@@ -370,6 +405,7 @@ class SqlCatalog:
                 "reward": revision.reward,
                 "created_at": self._clock(),
                 "comment": revision.comment,
+                "options": dump_options(revision.options),
             }
             connection.execute(route_revisions.insert().values(row))
             pointer = self._database.insert(routes).values(name=route, revision=number)

@@ -9,7 +9,13 @@ from sqlalchemy import Connection, RowMapping, select
 
 from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import MAX_ADAPTERS, AdapterChoice, AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import (
+    MAX_ADAPTERS,
+    AdapterChoice,
+    AdapterWeight,
+    SteeringOptions,
+    SteeringRequest,
+)
 from trimtab_server.storage.base import AdapterVersion, RouteRevision
 from trimtab_server.storage.tables import adapter_versions, route_revisions, routes
 
@@ -21,10 +27,12 @@ class CatalogState:
     Attributes:
         versions: By version id, oldest first.
         routes: The current revision of each route, by name.
+        on_routes: Ids of the versions that these use.
     """
 
     versions: Mapping[str, AdapterVersion]
     routes: Mapping[str, RouteRevision]
+    on_routes: frozenset[str] = frozenset()
 
     @classmethod
     def empty(cls) -> Self:
@@ -43,6 +51,7 @@ class CatalogState:
         return cls(
             MappingProxyType({version.version: version for version in versions}),
             MappingProxyType({revision.route: revision for revision in revisions}),
+            frozenset(weight.version for revision in revisions for weight in revision.steering),
         )
 
     def route(self, name: str) -> RouteRevision:
@@ -80,6 +89,11 @@ class CatalogState:
     def users_of(self, version: str) -> list[str]:
         """Names of the routes whose current revision uses a version."""
         return [r.route for r in self.routes.values() if any(w.version == version for w in r.steering)]
+
+    def is_kept(self, version: str) -> bool:
+        """Whether a version stays in the engine's memory: a route uses it, or it is pinned."""
+        found = self.versions.get(version)
+        return found is not None and (found.pinned_at is not None or version in self.on_routes)
 
     def resolve(self, steering: SteeringRequest) -> tuple[AdapterWeight, ...]:
         """Pin a steering to exact versions and weights.
@@ -138,12 +152,18 @@ class CatalogState:
 def revision_of(row: RowMapping) -> RouteRevision:
     """A row of `route_revisions` as a value."""
     steering = tuple(AdapterWeight.model_validate(weight) for weight in row["steering"])
-    return RouteRevision(**{**row, "steering": steering})
+    options = SteeringOptions.model_validate(row["options"] or {})
+    return RouteRevision(**{**row, "steering": steering, "options": options})
 
 
 def dump_steering(steering: Iterable[AdapterWeight]) -> list[dict[str, object]]:
     """The JSON form of a steering in `route_revisions`."""
     return [weight.model_dump() for weight in steering]
+
+
+def dump_options(options: SteeringOptions) -> dict[str, object] | None:
+    """The JSON form of a steering's options in `route_revisions`; None, as in old revisions, where there are none."""
+    return options.model_dump(exclude_none=True) or None
 
 
 def _version(row: RowMapping) -> AdapterVersion:

@@ -1,8 +1,9 @@
 """Column types whose values survive any database bit for bit.
 
 Lists of numbers are packed little-endian: a rollout has several lists as long as its output, and JSON would take three
-times the space and lose NaN. JSON objects and texts go into plain text columns with what PostgreSQL cannot hold (the
-character U+0000, lone surrogates) escaped, because sampled text holds anything.
+times the space and lose NaN. None in a list is a NaN of a bit pattern that no arithmetic makes. JSON objects and texts
+go into plain text columns with what PostgreSQL cannot hold (the character U+0000, lone surrogates) escaped, because
+sampled text holds anything.
 """
 
 import json
@@ -14,6 +15,8 @@ from sqlalchemy import Dialect, LargeBinary, Text, TypeDecorator
 from typing_extensions import override
 
 _ESCAPE = "\x01"
+_NONE_BITS = 0x7FFC_4E4F_4E45_0000
+"""A quiet NaN whose payload spells NONE; a NaN that is computed has the payload 0."""
 
 
 class JsonText(TypeDecorator[Any]):
@@ -69,29 +72,43 @@ class PackedNumbers(TypeDecorator[list[Any]]):
         return None if value is None else np.frombuffer(value, dtype=self.number_type).tolist()
 
 
-class PackedLists(TypeDecorator[list[list[float]]]):
-    """A list of lists of `<f8`, each after its length as `<u4`; the lists may differ in length."""
+class PackedLists(TypeDecorator[list[list[float | None]]]):
+    """A list of lists of `<f8` or None, each after its length as `<u4`; the lists may differ in length."""
 
     impl = LargeBinary
     cache_ok = True
 
     @override
-    def process_bind_param(self, value: Sequence[Sequence[float]] | None, dialect: Dialect) -> bytes | None:
+    def process_bind_param(self, value: Sequence[Sequence[float | None]] | None, dialect: Dialect) -> bytes | None:
         if value is None:
             return None
-        rows = [np.asarray(row, dtype="<f8") for row in value]
+        rows = [_packed(row) for row in value]
         return b"".join(len(row).to_bytes(4, "little") + row.tobytes() for row in rows)
 
     @override
-    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[list[float]] | None:
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[list[float | None]] | None:
         if value is None:
             return None
         rows, position = [], 0
         while position < len(value):
             count = int.from_bytes(value[position : position + 4], "little")
-            rows.append(np.frombuffer(value, dtype="<f8", count=count, offset=position + 4).tolist())
+            rows.append(_unpacked(value, count, position + 4))
             position += 4 + 8 * count
         return rows
+
+
+def _packed(row: Sequence[float | None]) -> "np.ndarray[Any, Any]":
+    numbers = np.asarray([0.0 if number is None else number for number in row], dtype="<f8")
+    numbers.view("<u8")[[place for place, number in enumerate(row) if number is None]] = _NONE_BITS
+    return numbers
+
+
+def _unpacked(packed: bytes, count: int, offset: int) -> list[float | None]:
+    numbers = np.frombuffer(packed, dtype="<f8", count=count, offset=offset)
+    row: list[float | None] = numbers.tolist()
+    for place in np.flatnonzero(numbers.view("<u8") == _NONE_BITS).tolist():
+        row[place] = None
+    return row
 
 
 def _is_encodable(text: str) -> bool:

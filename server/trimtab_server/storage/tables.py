@@ -47,6 +47,7 @@ adapter_versions = Table(
     Column("manifest", JsonText, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("retired_at", Double),
+    Column("pinned_at", Double),
     Index(None, "name", "created_at"),
 )
 
@@ -60,6 +61,7 @@ route_revisions = Table(
     Column("reward", String(64)),
     Column("created_at", Double, nullable=False),
     Column("comment", ExactText, nullable=False),
+    Column("options", JsonText),
 )
 
 routes = Table(

@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tests.integration.test_steering_equivalence import (
-    EngineClient,
-    TwoModelReference,
-    gather,
-    random_prompts,
     reference,
     test_alpha_zero_is_the_base_bit_for_bit,
     test_greedy_tokens_and_records_equal_the_two_model_loop,
     test_sampled_frequencies_are_those_of_the_product_of_experts,
-    with_engine,
 )
 
+from engine_client import EngineClient, TwoModelReference, gather, random_prompts, with_engine
 from engine_process import ENGINE, free_port, running
 from tiny_models import TinyModels
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams

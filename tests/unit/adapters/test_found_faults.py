@@ -122,7 +122,7 @@ def test_steps_that_run_again_do_not_fill_the_record_buffer(desk: Desk) -> None:
         assert result is not None
         records.observe(result, torch.tensor([1]))
     records.take(["u"])
-    assert records._num_tokens == 0
+    assert records._size == 0
 
 
 def test_a_request_too_long_for_the_pool_fails_alone(tiny_models: TinyModels) -> None:
@@ -134,3 +134,24 @@ def test_a_request_too_long_for_the_pool_fails_alone(tiny_models: TinyModels) ->
     core.step([(short, 0), (long, 1)], torch.zeros(2, VOCAB_SIZE))
     assert long.error
     assert short.error is None
+
+
+def test_a_prompt_that_was_read_ahead_gives_its_blocks_to_a_row_that_is_due(
+    tiny_models: TinyModels, reference: Reference
+) -> None:
+    """Else the due row failed for want of blocks that its neighbour had taken for later."""
+    block_bytes = 2 * 2 * 16 * 2 * 32 * 4
+    small = Residents(base_description(tiny_models.base), CPU, kv_bytes=9 * block_bytes, dtype=torch.float32)
+    core = SteeringCore(small.committed, vocab_size=VOCAB_SIZE)
+    version = load(small, tiny_models.adapter)
+    early = core.open(params("early", (version, 1.0)), [3] * 120, [])
+    due = core.open(params("due", (version, 1.0)), [5] * 20, [])
+    core.prefill([(early, 120)])
+    assert len(early.terms[0].cache.blocks) == 8, "the whole pool"
+    logits = torch.zeros(1, VOCAB_SIZE)
+    core.step([(due, 0)], logits)
+    assert due.error is None
+    torch.testing.assert_close(logits[0], reference.logprobs("adapter", due.tokens), atol=1e-4, rtol=0.0)
+    logits = torch.zeros(1, VOCAB_SIZE)
+    core.step([(early, 0)], logits)
+    torch.testing.assert_close(logits[0], reference.logprobs("adapter", early.tokens), atol=1e-4, rtol=0.0)

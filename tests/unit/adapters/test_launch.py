@@ -1,4 +1,5 @@
 import os
+from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 import pytest
@@ -121,13 +122,35 @@ def test_a_key_opens_other_addresses() -> None:
 
 def test_our_plugins_are_named_beside_the_users_own() -> None:
     own, rest = launch._own_parser().parse_known_args(
-        ["--adapter-kv-bytes", "1000", "--model", "m", "--additional-config", '{"other": 1}']
+        [
+            "--adapter-kv-bytes",
+            "1000",
+            "--adapter-memory",
+            "2GiB",
+            "--model",
+            "m",
+            "--additional-config",
+            '{"other": 1}',
+        ]
     )
     args = launch._parse_vllm(rest)
     assert args.model == "m", "and not taken for --model-runner"
     launch._add_plugins(args, own, "v2")
     assert args.logits_processors == [launch.PROCESSORS["v2"]]
-    assert args.additional_config == {"other": 1, "trimtab": {"kv_bytes": 1000}}
+    assert args.additional_config == {"other": 1, "trimtab": {"kv_bytes": 1000, "weight_bytes": 2 << 30}}
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("800000000", 800_000_000), ("2GiB", 2 << 30), ("1.5 gib", 3 << 29), ("512MiB", 512 << 20)]
+)
+def test_a_size_may_have_a_unit(text: str, num_bytes: int) -> None:
+    assert launch.parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "2GB", "0.1KiBs", "many"])
+def test_what_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="not a size"):
+        launch.parse_bytes(text)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor
 from lora_directories import ATTENTION, MLP, merged, write_lora, write_model
 from steering_reference import VOCAB_SIZE, Reference, base_description, live_bytes, load, params, wait
 from tiny_models import TinyModels
-from trimtab_adapters.adapter_lm import AdapterLM, load_adapter_lm
+from trimtab_adapters import residents as residents_module
+from trimtab_adapters.adapter_lm import AdapterLM, UncheckedAdapterLM, read_adapter_lm
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.dense_ops import TorchOps
 from trimtab_adapters.kv_pool import PoolExhaustedError
@@ -248,13 +249,14 @@ def test_loras_that_are_loaded_at_the_same_time_read_their_trunk_once(
 ) -> None:
     loads: list[Any] = []
     gate = threading.Event()
+    plain = read_adapter_lm
 
-    def slow(directory: Path, **options: Any) -> AdapterLM:
+    def slow(directory: Path, *args: Any, **options: Any) -> UncheckedAdapterLM:
         loads.append(directory)
         assert gate.wait(20)
-        return load_adapter_lm(directory, **options)
+        return plain(directory, *args, **options)
 
-    monkeypatch.setattr("trimtab_adapters.residents.load_adapter_lm", slow)
+    monkeypatch.setattr(residents_module, "read_adapter_lm", slow)
     residents = Residents(base_description(tiny_models.base), CPU, kv_bytes=1 << 24, dtype=torch.float32)
     paths: dict[str, Path] = {}
     for n in range(4):
@@ -268,6 +270,27 @@ def test_loras_that_are_loaded_at_the_same_time_read_their_trunk_once(
     for version in paths:
         residents.retire(version)
     assert residents.weight_status().used_bytes == 0
+
+
+def test_a_budget_counts_a_trunk_once_and_says_what_a_lora_needs_with_its_own(
+    trunk: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    whole = (trunk / "model.safetensors").stat().st_size
+    residents = Residents(
+        base_description(tiny_models.base), CPU, kv_bytes=1 << 24, weight_bytes=int(1.9 * whole), dtype=torch.float32
+    )
+    world = World(tmp_path, residents)
+    for number in range(4):  # as whole models they would need more than four times the room
+        world.add(f"lora-{number}", trunk, r=1)
+    second = write_model(tmp_path / "second", "Llama", seed=9)
+    manifest, path = world.store.add(write_lora(tmp_path / "l9", second, seed=9, r=1), name="l9", trunk=second)
+    residents.prepare(manifest.version_id, str(path))
+    status = wait(residents, manifest.version_id)
+    assert (status.state, status.error_code) == ("failed", "adapter_memory_full")
+    assert status.weight_bytes > 0.9 * whole, "who makes room must know of its trunk"
+    used = residents.weight_status().used_bytes
+    world.add("one-more", trunk, r=1)
+    assert 0 < residents.weight_status().used_bytes - used < 0.1 * whole
 
 
 def test_a_lora_that_is_refused_does_not_keep_its_trunk(world: World, trunk: Path) -> None:

@@ -13,6 +13,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.sampler import Sampler
 
+from fault_desk import greedy_metadata
 from steering_reference import VOCAB_SIZE, Reference, load, params
 from tiny_models import TinyModels
 from trimtab_adapters.contract.params import FAILED_LOGPROB, SteeringParams
@@ -20,7 +21,7 @@ from trimtab_adapters.residents import Residents
 from trimtab_adapters.vllm import processor_v1
 from trimtab_adapters.vllm.cpu_generators import replace_generators, rewound
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
-from trimtab_adapters.vllm.recording import RecordingSampler
+from trimtab_adapters.vllm.recording import RecordingSampler, _at
 
 
 @pytest.fixture
@@ -202,21 +203,7 @@ def sample_with(
     processor: SteeringProcessor, logits: Tensor, *, num_logprobs: int, token_ids: dict[int, list[int]] | None = None
 ) -> SamplerOutput:
     """Run vLLM's own sampler, greedy, inside the recording one."""
-    metadata: Any = SimpleNamespace(
-        max_num_logprobs=num_logprobs,
-        generators={},
-        logprob_token_ids=token_ids,
-        all_greedy=True,
-        all_random=False,
-        temperature=None,
-        no_penalties=True,
-        allowed_token_ids_mask=None,
-        bad_words_token_ids=None,
-        output_token_ids=[],
-        spec_token_ids=None,
-        thinking_budget_state_holder=None,
-        logitsprocs=SimpleNamespace(argmax_invariant=[], non_argmax_invariant=[processor]),
-    )
+    metadata = greedy_metadata(processor, num_logprobs=num_logprobs, token_ids=token_ids)
     sampler = RecordingSampler(Sampler(), processor)
     return sampler(logits=logits, sampling_metadata=copy.copy(metadata))
 
@@ -240,6 +227,29 @@ def test_returned_logprobs_are_the_steered_ones_before_temperature(
         for ids, value in zip(tensors.logprob_token_ids[row].tolist(), tensors.logprobs[row].tolist(), strict=True):
             assert value == pytest.approx(float(want[ids]), abs=1e-4) or value == float("-inf")
     assert tensors.selected_token_ranks.tolist() == [1, 1]
+
+
+def test_a_steered_row_that_was_not_steered_in_a_step_is_reported_as_failed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.processor.update_state(update(added=(bench.added(0, "first"), (1, sampling(None), [1, 2], [])), size=2))
+    monkeypatch.setattr(bench.processor, "apply", lambda logits: logits)
+    logits = torch.randn(2, VOCAB_SIZE)
+    output = sample_with(bench.processor, logits.clone(), num_logprobs=0)
+    assert output.logprobs_tensors is not None
+    assert float(output.logprobs_tensors.logprobs[0, 0]) == FAILED_LOGPROB
+    want = float(torch.log_softmax(logits[1], -1).max())
+    assert float(output.logprobs_tensors.logprobs[1, 0]) == pytest.approx(want, abs=1e-5)
+
+
+def test_ranks_of_sampled_tokens_are_vllms() -> None:
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    logprobs = torch.log_softmax(torch.randn(300, 1000, generator=torch.Generator().manual_seed(1)), -1)
+    column = torch.randint(0, 1000, (300, 1), generator=torch.Generator().manual_seed(2))
+    values, ranks = _at(logprobs, column)
+    assert torch.equal(values, logprobs.gather(1, column))
+    assert torch.equal(ranks, batched_count_greater_than(logprobs, values))
 
 
 def test_a_thrown_away_sample_leaves_the_generator_where_it_was() -> None:

@@ -1,15 +1,22 @@
+import json
+import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typing_extensions import override
 
 from steering_reference import VOCAB_SIZE, base_description, live_bytes, load, params, wait
 from tiny_models import TinyModels, write_llama, write_manifest, write_tokenizer
-from trimtab_adapters.adapter_lm import load_adapter_lm
+from trimtab_adapters import residents as residents_module
+from trimtab_adapters.adapter_lm import Backend, load_adapter_lm, read_adapter_lm
 from trimtab_adapters.contract.errors import AdapterError, ConflictError, NotFoundError
+from trimtab_adapters.dense_ops import Linear, TorchOps
 from trimtab_adapters.residents import Residents
 from trimtab_adapters.steering import SteeringCore
 
@@ -181,3 +188,65 @@ def test_an_attention_that_would_be_wrong_is_refused_by_name(tmp_path: Path) -> 
 
 def test_the_base_description_counts_tokens(tiny_models: TinyModels) -> None:
     assert base_description(tiny_models.base).num_tokens == 128
+
+
+def test_the_engines_operators_are_used_on_the_workers_thread_alone(tiny_models: TinyModels) -> None:
+    """vLLM's CPU operators share scratch memory: in two threads at once they corrupt numbers or end the process."""
+    threads: set[int] = set()
+
+    class Recording(TorchOps):
+        @override
+        def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+            threads.add(threading.get_ident())
+            product = super().linear(weight, bias)
+
+            def run(x: torch.Tensor) -> torch.Tensor:
+                threads.add(threading.get_ident())
+                return product(x)
+
+            return run
+
+    base = base_description(tiny_models.base)
+    residents = Residents(base, CPU, kv_bytes=1 << 24, dtype=torch.float32, backend=Backend(dense=Recording()))
+    load(residents, tiny_models.adapter)
+    assert threads == {threading.get_ident()}
+
+
+def test_a_version_is_checked_in_small_steps(residents: Residents, tiny_models: TinyModels) -> None:
+    version = tiny_models.manifest("adapter").version_id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residents_module, "_CHECK_SLICE_S", 0.0)
+        residents.prepare(version, str(tiny_models.adapter))
+        residents._loading[version].future.result()
+        num_polls = 1
+        while residents.poll(version).state == "loading":
+            num_polls += 1
+    assert num_polls > tiny_models_layers(tiny_models)
+
+
+def tiny_models_layers(tiny_models: TinyModels) -> int:
+    layers: int = json.loads((tiny_models.adapter / "config.json").read_text())["num_hidden_layers"]
+    return layers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+def test_reading_gives_way_to_decoding(
+    residents: Residents, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float]] = []
+    read, usual_s = read_adapter_lm, sys.getswitchinterval()
+
+    def noting(*args: Any, **options: Any) -> Any:
+        seen.append((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), sys.getswitchinterval()))
+        return read(*args, **options)
+
+    monkeypatch.setattr(residents_module, "read_adapter_lm", noting)
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    load(residents, tiny_models.adapter)
+    for thread in threading.enumerate():
+        if thread.name.startswith("load-"):
+            thread.join(30)
+    ((priority, interval_s),) = seen
+    assert (priority, interval_s < usual_s) == (19, True)
+    assert sys.getswitchinterval() == usual_s
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own

@@ -446,7 +446,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_any_schedule_is_steered_like_the_plain_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds are fixed at the default length, so that the verdict is always the same; longer searches draw new ones."""
     monkeypatch.setattr(processor_v1, "build_residents", lambda kv_bytes, device: world.build_residents(kv_bytes))
-    monkeypatch.setattr(residents_module, "load_adapter_lm", world.load_adapter_lm)
+    monkeypatch.setattr(residents_module, "read_adapter_lm", world.read_adapter_lm)
     monkeypatch.setattr(residents_module, "KvPool", functools.partial(KvPool, min_blocks=4))
     tally = Tally()
     run_state_machine_as_test(

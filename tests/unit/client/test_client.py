@@ -204,6 +204,12 @@ def test_admin_calls_carry_the_admin_key(gateway: CannedGateway) -> None:
             None,
         ),
         (
+            lambda admin: admin.adapters.pin(name="kind", version="00ff"),
+            "PUT",
+            "/admin/adapters/kind/versions/00ff/pin",
+            {},
+        ),
+        (
             lambda admin: admin.adapters.activate(route="r", adapter="kind", alpha=0.0),
             "POST",
             "/admin/routes/r/activate",

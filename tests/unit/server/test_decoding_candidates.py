@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import pytest
 from typing_extensions import override
@@ -72,7 +72,7 @@ async def test_the_first_error_stops_the_rest_and_is_raised_plain() -> None:
 
 async def test_a_merged_stream_gives_all_deltas_of_all_requests_in_their_order() -> None:
     fake = FakeEngine()
-    stream, seen = MergedStream(fake, requests(3)), dict[int, list[int]]()
+    stream, seen = MergedStream(fake.raw_stream, requests(3)), dict[int, list[int]]()
     while (item := await stream.next()) is not None:
         seen.setdefault(item[0], []).extend(item[1].token_ids)
     assert seen == {i: (await fake.generate(r)).token_ids for i, r in enumerate(requests(3))}
@@ -83,13 +83,13 @@ async def test_a_slow_reader_holds_the_engine_back() -> None:
 
     class Endless(FakeEngine):
         @override
-        async def stream(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
+        async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
             nonlocal produced
             while True:
                 produced += 1
                 yield EngineDelta(choice={"text": "x"})
 
-    stream = MergedStream(Endless(), requests(1))
+    stream = MergedStream(Endless().stream, requests(1))
     await stream.next()
     for _ in range(100):
         await asyncio.sleep(0)

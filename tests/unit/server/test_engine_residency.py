@@ -76,6 +76,45 @@ async def test_concurrent_callers_share_one_load(residency: Residency, fake: Fak
     assert residency.in_flight(KIND) == 0
 
 
+async def test_a_version_is_tried_out_and_freed(residency: Residency, fake: FakeEngine) -> None:
+    await residency.try_out(adapter_version("kind", KIND))
+    assert loads(fake) == [("prepare", KIND), ("commit", KIND), ("retire", KIND)]
+    assert fake.versions == {}
+
+
+async def test_a_version_that_is_tried_out_again_stays_for_its_requests(residency: Residency, fake: FakeEngine) -> None:
+    async with residency.pin([KIND]):
+        await residency.retire(KIND)
+        await residency.try_out(adapter_version("kind", KIND))
+        assert fake.versions[KIND].state == "committed"
+
+
+async def test_who_wants_a_version_that_is_tried_out_keeps_it(residency: Residency, fake: FakeEngine) -> None:
+    fake.load_gate.clear()
+    trying = asyncio.create_task(residency.try_out(adapter_version("kind", KIND)))
+    while not loads(fake):
+        await asyncio.sleep(0)
+
+    async def use() -> None:
+        async with residency.pin([KIND]):
+            await trying
+            assert fake.versions[KIND].state == "committed"
+
+    wanting = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    fake.load_gate.set()
+    await wanting
+
+
+async def test_a_refused_version_is_an_error_and_can_be_tried_out_again(residency: Residency, fake: FakeEngine) -> None:
+    fake.refuse_version = lambda version: WeightsError("no")
+    with pytest.raises(WeightsError):
+        await residency.try_out(adapter_version("kind", KIND))
+    fake.refuse_version = None
+    await residency.try_out(adapter_version("kind", KIND))
+    assert fake.versions == {}
+
+
 async def test_a_version_that_the_engine_already_holds_is_not_loaded(residency: Residency, fake: FakeEngine) -> None:
     await fake.prepare(KIND, "/x")
     await fake.commit(KIND)

@@ -12,6 +12,8 @@ import pytest
 from fake_gateway import KIND, serving
 from trimtab_adapters.contract.errors import (
     AdapterError,
+    AdapterMemoryFullError,
+    AdapterTooLargeError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
@@ -21,12 +23,12 @@ from trimtab_adapters.contract.errors import (
     WeightsError,
 )
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
-from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_adapters.contract.records import Alternative, Alternatives, SteeringRecord
 from trimtab_server.engine.base import Endpoint, EngineRequest
 from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.fake import FakeEngine, Fault
 from trimtab_server.engine.fake_app import fake_vllm_app
-from trimtab_server.engine.record_taker import MAX_UIDS, RecordTaker
+from trimtab_server.engine.record_fetcher import MAX_UIDS, RecordFetcher
 from trimtab_server.engine.vllm_http import DEAD_ENGINE, VllmEngine, build_engine_client
 
 pytestmark = pytest.mark.anyio
@@ -289,7 +291,7 @@ async def test_versions_are_prepared_committed_listed_and_retired(engine: VllmEn
     assert (await engine.status()).versions == []
 
 
-@pytest.mark.parametrize("kind", [WeightsError, VocabularyError, AdapterError])
+@pytest.mark.parametrize("kind", [WeightsError, VocabularyError, AdapterTooLargeError, AdapterError])
 async def test_a_refused_version_keeps_the_kind_of_its_error(
     engine: VllmEngine, fake: FakeEngine, kind: type[AdapterError]
 ) -> None:
@@ -299,10 +301,57 @@ async def test_a_refused_version_keeps_the_kind_of_its_error(
     assert type(caught.value) is kind
 
 
+async def test_a_version_without_room_may_be_tried_again(engine: VllmEngine, fake: FakeEngine) -> None:
+    fake.weight_budget_bytes = 0
+    with pytest.raises(AdapterMemoryFullError, match="full"):
+        await engine.prepare(KIND, "/versions/kind")
+    fake.weight_budget_bytes = 1
+    assert (await engine.prepare(KIND, "/versions/kind")).weight_bytes == 1
+
+
 async def test_records_are_taken_once(engine: VllmEngine, fake: FakeEngine) -> None:
     fake.keep_record(SteeringRecord(uid="a", num_tokens=1))
     assert set(await engine.take_records(["a", "unknown"])) == {"a"}
     assert await engine.take_records(["a"]) == {}
+
+
+async def test_records_are_read_from_a_token_on_and_stay(engine: VllmEngine, fake: FakeEngine) -> None:
+    values = [-1.0, -2.0, -3.0]
+    record = SteeringRecord(
+        uid="a",
+        num_tokens=3,
+        token_ids=[5, 6, 7],
+        base_logprobs=values,
+        adapter_logprobs=[[None, -0.5, -0.25]],
+        negative_logprobs=[None, -4.0, -5.0],
+        steered_logprobs=values,
+        kl=[0.0, 0.1, 0.2],
+        flipped=[False, True, False],
+        alternatives=[
+            Alternatives(before=[Alternative(token_id=i, base=-1.0, steered=None)], after=[]) for i in (1, 2, 3)
+        ],
+    )
+    fake.keep_record(record)
+    read = (await engine.read_records({"a": 1, "unknown": 0}))["a"]
+    assert (read.num_tokens, read.token_ids, read.adapter_logprobs) == (2, [6, 7], [[-0.5, -0.25]])
+    assert (read.negative_logprobs, read.kl) == ([-4.0, -5.0], [0.1, 0.2])
+    assert [at.before[0].token_id for at in read.alternatives or []] == [2, 3]
+    assert (await engine.read_records({"a": 3}))["a"].token_ids == []
+    assert await engine.take_records(["a"]) == {"a": record}
+
+
+async def test_a_uid_is_once_in_a_request_and_each_call_gets_its_own_part() -> None:
+    calls: list[dict[str, int]] = []
+
+    async def fetch(starts: Any) -> dict[str, SteeringRecord]:
+        calls.append(dict(starts))
+        return {uid: SteeringRecord(uid=uid, num_tokens=start) for uid, start in starts.items()}
+
+    fetcher = RecordFetcher(fetch)
+    wanted = [{"a": 1, "b": 1}, {"a": 2}, {"b": 3}]
+    answers = await asyncio.gather(*(fetcher.fetch(starts) for starts in wanted))
+    assert [{uid: record.num_tokens for uid, record in answer.items()} for answer in answers] == wanted
+    assert calls == [{"a": 1, "b": 1}, {"a": 2, "b": 3}]
 
 
 async def test_concurrent_takes_share_one_request() -> None:
@@ -314,11 +363,11 @@ async def test_concurrent_takes_share_one_request() -> None:
         await gate.wait()
         return {uid: SteeringRecord(uid=uid) for uid in uids if uid != "unknown"}
 
-    taker = RecordTaker(take)
-    takes = [asyncio.create_task(taker.take(uids)) for uids in (["a"], ["b", "unknown"], ["c"])]
+    taker = RecordFetcher(take)
+    takes = [asyncio.create_task(taker.fetch(dict.fromkeys(uids, 0))) for uids in (["a"], ["b", "unknown"], ["c"])]
     while not calls:
         await asyncio.sleep(0)
-    takes.append(asyncio.create_task(taker.take(["d"])))
+    takes.append(asyncio.create_task(taker.fetch({"d": 0})))
     await asyncio.sleep(0)
     takes[2].cancel()  # a caller that gives up does not disturb the others
     gate.set()
@@ -337,10 +386,10 @@ async def test_a_failed_take_reaches_every_caller_and_the_next_one_works() -> No
         result: dict[str, SteeringRecord] = outcome
         return result
 
-    taker = RecordTaker(take)
-    failed = await asyncio.gather(taker.take(["a"]), taker.take(["b"]), return_exceptions=True)
+    taker = RecordFetcher(take)
+    failed = await asyncio.gather(taker.fetch({"a": 0}), taker.fetch({"b": 0}), return_exceptions=True)
     assert [type(outcome) for outcome in failed] == [EngineDiedError, EngineDiedError]
-    assert set(await taker.take(["c"])) == {"c"}
+    assert set(await taker.fetch({"c": 0})) == {"c"}
 
 
 async def test_more_uids_than_one_request_may_carry_are_split() -> None:
@@ -350,7 +399,7 @@ async def test_more_uids_than_one_request_may_carry_are_split() -> None:
         sizes.append(len(uids))
         return {}
 
-    await RecordTaker(take).take([str(i) for i in range(MAX_UIDS + 1)])
+    await RecordFetcher(take).fetch({str(i): 0 for i in range(MAX_UIDS + 1)})
     assert sizes == [MAX_UIDS, 1]
 
 

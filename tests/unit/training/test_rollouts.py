@@ -9,13 +9,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trimtab_adapters.contract.errors import EngineError, InvalidRequestError
+from trimtab_adapters.contract.params import SteeringOptions, SteeringRequest
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_training.config import LoggedConfig, SamplingConfig
 from trimtab_training.gateway import ScoreReply
 from trimtab_training.models import Vocabulary
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.prompts import Prompt, prompts_of
-from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, read_logged, score_logged
+from trimtab_training.rollouts import (
+    NO_OPERATORS,
+    GatewaySource,
+    LocalSource,
+    NamedVersion,
+    read_logged,
+    score_logged,
+)
 
 PROMPTS = [Prompt("t1 t2"), Prompt("t3", (3,))]
 
@@ -69,7 +77,7 @@ def test_steered_requests_name_the_current_version_and_fair_sampling(gateway: An
     for body in bodies:
         assert {key: body[key] for key in wanted} == wanted
         assert body["stop_token_ids"] == [5]
-        assert body["steering"] == {"adapters": [{"name": "a", "version": "0" * 16, "alpha": -0.5}]}
+        assert body["steering"] == {"adapters": [{"name": "a", "version": "0" * 16, "alpha": -0.5}], **NO_OPERATORS}
         assert "metadata" not in body
     assert life == ["published", "retired"]
     assert [[sample.prompt_token_ids for sample in group] for group in groups] == [[(1, 2)] * 3, [(3,)] * 3]
@@ -80,7 +88,7 @@ def test_unsteered_requests_override_the_routes_steering_with_none(gateway: Any)
     with gateway.client() as client:
         drawn, life = source(client, SamplingConfig())
         drawn.draw(PROMPTS, num_per_prompt=1, seed=0, steered=False)
-    assert [body["steering"] for body in gateway.bodies("/v1/completions")] == [{"adapters": []}] * 2
+    assert [body["steering"] for body in gateway.bodies("/v1/completions")] == [{"adapters": [], **NO_OPERATORS}] * 2
     assert life == []
 
 
@@ -137,6 +145,29 @@ def test_the_log_is_filtered_and_broken_rollouts_are_left_out(gateway: Any) -> N
     with gateway.client() as client:
         assert read_logged(client, LoggedConfig(route="r", since=2.5, limit=9)) == kept
     assert gateway.bodies("/admin/rollouts/export") == [{"format": "jsonl", "route": "r", "since": "2.5", "limit": "9"}]
+
+
+def test_rollouts_with_operators_are_left_out_and_counted_unless_they_are_asked_for(
+    gateway: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = rollout(0, sampling={"temperature": 0.5})
+    operated = [
+        rollout(1, sampling={"steering_operators": {"max_kl": 0.5}}, adapter_logprobs=[[None, -0.5]]),
+        rollout(2, sampling={"guidance": {"token_ids": [1], "scale": 1.5}}),
+    ]
+    gateway.rollouts = [entry.model_dump_json() for entry in (plain, *operated)]
+    with gateway.client() as client:
+        assert read_logged(client, LoggedConfig()) == [plain]
+        assert "skipped 2 logged rollouts that were steered with operators" in caplog.text
+        assert read_logged(client, LoggedConfig(with_operators=True)) == [plain, *operated]
+    assert gateway.bodies("/admin/rollouts/export") == [{"format": "jsonl"}] * 2
+
+
+def test_what_training_draws_takes_every_option_of_a_route_away() -> None:
+    given = SteeringRequest(**NO_OPERATORS)
+    route = SteeringOptions(max_kl=1.0, plausibility=0.5, negative_prompt="x", guidance_scale=2.0)
+    assert route.overridden_by(given) == SteeringOptions()
+    assert NO_OPERATORS.keys() == SteeringOptions.model_fields.keys() - {"guidance_scale"}
 
 
 def test_prompts_of_the_log_are_distinct_and_decoded_where_ids_were_sent(vocabulary: Vocabulary) -> None:

@@ -20,7 +20,7 @@ from trimtab_client.admin_types import (
     RouteRevision,
     TrainingJob,
 )
-from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter
+from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter, SteeringOptions
 
 
 class Adapters:
@@ -71,6 +71,14 @@ class Adapters:
         """Take a route back to its previous revision, or to the one named."""
         return self._caller.send(operations.rollback(route, revision=revision))
 
+    def pin(self, *, name: str, version: str) -> AdapterVersion:
+        """Keep a version in the engine's memory, whether it is used or not."""
+        return self._caller.send(operations.pin_version(name, version))
+
+    def unpin(self, *, name: str, version: str) -> None:
+        """Let the engine give a version's memory to others while no route uses it."""
+        return self._caller.send(operations.unpin_version(name, version))
+
     def retire(self, *, name: str, version: str) -> AdapterVersion:
         """Refuse new requests for a version and free its memory when its last request ends."""
         return self._caller.send(operations.retire_version(name, version))
@@ -95,12 +103,15 @@ class Routes:
         route: str,
         *,
         adapters: Sequence[AdapterChoice],
+        operators: SteeringOptions | None = None,
         best_of: int | None = None,
         reward: str | None = None,
         comment: str = "",
     ) -> RouteRevision:
-        """Make a route, or give it a new revision. Without adapters it is the base under another name."""
-        return self._caller.send(operations.put_route(route, adapters, best_of=best_of, reward=reward, comment=comment))
+        """Make a route, or give it a new revision. Without any steering it is the base under another name."""
+        return self._caller.send(
+            operations.put_route(route, adapters, operators=operators, best_of=best_of, reward=reward, comment=comment)
+        )
 
     def delete(self, route: str) -> None:
         """Remove a route; its history stays."""

@@ -14,7 +14,7 @@ from trimtab_client.admin_types import (
     RouteRevision,
     TrainingJob,
 )
-from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter
+from trimtab_client.types import AdapterChoice, RewardInput, RolloutFilter, RolloutPageFilter, SteeringOptions
 
 
 def add_adapter(body: Mapping[str, Any]) -> Operation[AdapterVersion]:
@@ -38,6 +38,17 @@ def retire_version(name: str, version: str) -> Operation[AdapterVersion]:
     return Operation("POST", path, lambda value: decode(AdapterVersion, value))
 
 
+def pin_version(name: str, version: str) -> Operation[AdapterVersion]:
+    """`PUT /admin/adapters/{name}/versions/{version}/pin`."""
+    path = path_of("admin", "adapters", name, "versions", version, "pin")
+    return Operation("PUT", path, lambda value: decode(AdapterVersion, value), {})
+
+
+def unpin_version(name: str, version: str) -> Operation[None]:
+    """`DELETE /admin/adapters/{name}/versions/{version}/pin`."""
+    return Operation("DELETE", path_of("admin", "adapters", name, "versions", version, "pin"), lambda value: None)
+
+
 def list_routes() -> Operation[list[RouteRevision]]:
     """`GET /admin/routes`."""
     return Operation("GET", "/admin/routes", lambda value: decode_list(RouteRevision, value))
@@ -49,10 +60,17 @@ def get_route(route: str) -> Operation[RouteRevision]:
 
 
 def put_route(
-    route: str, steering: Sequence[AdapterChoice], *, best_of: int | None, reward: str | None, comment: str
+    route: str,
+    steering: Sequence[AdapterChoice],
+    *,
+    operators: SteeringOptions | None,
+    best_of: int | None,
+    reward: str | None,
+    comment: str,
 ) -> Operation[RouteRevision]:
     """`PUT /admin/routes/{name}`."""
-    body = {"steering": {"adapters": list(steering)}, **given(best_of=best_of, reward=reward, comment=comment or None)}
+    steering_body = {"adapters": list(steering), **(operators or {})}
+    body = {"steering": steering_body, **given(best_of=best_of, reward=reward, comment=comment or None)}
     return Operation("PUT", path_of("admin", "routes", route), lambda value: decode(RouteRevision, value), body)
 
 

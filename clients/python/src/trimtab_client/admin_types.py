@@ -16,8 +16,12 @@ class AdapterVersion:
     manifest: dict[str, Any] = field(default_factory=dict)
     created_at: float = 0.0
     retired_at: float | None = None
+    pinned_at: float | None = None
+    """Since when it is kept in the engine's memory, whether it is used or not."""
     routes: list[str] = field(default_factory=list)
     """Routes that use it now."""
+    residency: dict[str, Any] = field(default_factory=dict)
+    """Where it is now: `state` (`resident`, `loading`, `on_disk`), `weight_bytes`, and requests `in_flight`."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -37,6 +41,8 @@ class RouteRevision:
     route: str
     revision: int
     steering: list[AdapterWeight] = field(default_factory=list)
+    operators: dict[str, Any] = field(default_factory=dict)
+    """What the steering has beside its adapters, as `put` takes it."""
     best_of: int | None = None
     reward: str | None = None
     created_at: float = 0.0

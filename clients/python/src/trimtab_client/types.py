@@ -19,10 +19,41 @@ class AdapterChoice(TypedDict, total=False):
     alpha: float | None
 
 
-class Steering(TypedDict):
-    """The `steering` field of a request: which adapters steer it, each with its weight."""
+class AlphaSchedule(TypedDict, total=False):
+    """When adapters act: at `first` generated tokens from the `start`-th on, each time weaker by the factor `decay`."""
 
-    adapters: list[AdapterChoice]
+    start: int
+    first: int | None
+    decay: float
+
+
+class PromptMessage(TypedDict):
+    """A message of a negative prompt for chat."""
+
+    role: str
+    content: str
+
+
+class SteeringOptions(TypedDict, total=False):
+    """What a steering has beside its adapters. None takes away what the route has; what is not given is the route's."""
+
+    schedule: AlphaSchedule | None
+    plausibility: float | None
+    """Leave only tokens whose base probability is at least this fraction of the largest."""
+    max_kl: float | None
+    """Most nats per token that steering may move the base."""
+    negative_prompt: str | Sequence[int] | Sequence[PromptMessage] | None
+    """Steer away from how the base goes on after this: text or token ids for completions, messages for chat."""
+    guidance_scale: float | None
+    """How far."""
+
+
+class Steering(SteeringOptions, total=False):
+    """The `steering` field of a request; the route's own adapters stay where it names none."""
+
+    adapters: list[AdapterChoice] | None
+    explain: bool | int
+    """Say per token what each model thought of it: True, or the number of alternatives to list."""
 
 
 class SamplingParams(TypedDict, total=False):
@@ -169,10 +200,71 @@ class AppliedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedSchedule:
+    """When the adapters acted."""
+
+    start: int = 0
+    first: int | None = None
+    decay: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class AppliedSteering:
     """What steered an answer."""
 
     adapters: list[AppliedAdapter] = field(default_factory=list)
+    schedule: AppliedSchedule | None = None
+    plausibility: float | None = None
+    max_kl: float | None = None
+    guidance_scale: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have been sampled; a log-probability of None is minus infinity: the token was excluded."""
+
+    token_id: int
+    token: str = ""
+    base: float | None = None
+    steered: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLogprob:
+    """What one adapter thought of a token; None where the schedule kept it from running."""
+
+    name: str
+    version: str
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedToken:
+    """A sampled token with what each model thought of it, and the most probable tokens before and after steering.
+
+    `kl` is KL(steered || base) of the whole distribution in nats; `flipped` says whether the most probable token
+    changed; `negative` is the base's own under the negative prompt.
+    """
+
+    token_id: int
+    token: str = ""
+    base: float | None = None
+    adapters: list[AdapterLogprob] = field(default_factory=list)
+    negative: float | None = None
+    steered: float | None = None
+    kl: float = 0.0
+    flipped: bool = False
+    before: list[Alternative] = field(default_factory=list)
+    after: list[Alternative] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Of the tokens of a choice, or in a stream of exactly those of its chunk."""
+
+    tokens: list[ExplainedToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +286,7 @@ class CompletionChoice:
     finish_reason: str | None = None
     logprobs: CompletionLogprobs | None = None
     selection: Selection | None = None
+    explain: Explanation | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -231,6 +324,7 @@ class ChatChoice:
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
     selection: Selection | None = None
+    explain: Explanation | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 

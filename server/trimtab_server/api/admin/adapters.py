@@ -1,4 +1,4 @@
-"""`/admin/adapters`: register, list and retire adapter versions."""
+"""`/admin/adapters`: register, list, pin and retire adapter versions."""
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from pydantic import Field
+from starlette.responses import Response
 
 from trimtab_adapters.contract.errors import EngineError, InvalidRequestError, PermissionDeniedError
 from trimtab_adapters.contract.params import AdapterName, Alpha, VersionId
 from trimtab_server.api.admin.json_io import Body, JsonAnswer, body_of, list_answer
-from trimtab_server.api.admin.switching import RouteSwitcher
+from trimtab_server.api.admin.switching import BeforeSwitch, RouteSwitcher
+from trimtab_server.engine.adapter_memory import VersionResidency
 from trimtab_server.storage.base import AdapterVersion
 from trimtab_server.storage.catalog import SqlCatalog, Validate
 
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 AfterRetire = Callable[[VersionId], Awaitable[object]]
 """Frees a retired version in the engine when its last request ends, for example `Residency.retire`."""
+ResidencyOf = Callable[[VersionId], VersionResidency]
+"""Where a version is now, for example `Residency.describe`."""
 BaseVocabulary = Callable[[], Awaitable[tuple[str, int] | None]]
 """Fingerprint and number of tokens of the base model's tokenizer; None when no engine can tell now."""
 
@@ -44,7 +48,9 @@ def build_adapters_router(
     switcher: RouteSwitcher,
     *,
     validate: Validate,
+    before_pin: BeforeSwitch,
     after_retire: AfterRetire,
+    residency_of: ResidencyOf,
     base_vocabulary: BaseVocabulary,
     adapter_roots: Sequence[Path] | None,
 ) -> APIRouter:
@@ -54,14 +60,16 @@ def build_adapters_router(
         catalog: Where versions are registered.
         switcher: Activates a version that is registered together with a route.
         validate: Loads a version in the engine before it is accepted.
+        before_pin: Loads a version in the engine.
         after_retire: See `AfterRetire`.
+        residency_of: See `ResidencyOf`.
         base_vocabulary: See `BaseVocabulary`.
         adapter_roots: Directories that versions may be registered from; None means any.
     """
     router = APIRouter(prefix="/admin/adapters")
 
     def answer(version: AdapterVersion) -> dict[str, Any]:
-        return version_object(version, catalog.state.users_of(version.version))
+        return version_object(version, catalog.state.users_of(version.version), residency_of(version.version))
 
     @router.post("")
     async def add(body: Annotated[AddAdapter, Depends(body_of(AddAdapter))]) -> JsonAnswer:
@@ -108,10 +116,29 @@ def build_adapters_router(
             logger.warning("the engine could not free version %s: %s", version, exc.message)
         return JsonAnswer(answer(retired))
 
+    _add_pins(router, catalog, before_pin, answer)
     return router
 
 
-def version_object(version: AdapterVersion, routes: Sequence[str]) -> dict[str, Any]:
+def _add_pins(
+    router: APIRouter,
+    catalog: SqlCatalog,
+    before_pin: BeforeSwitch,
+    answer: Callable[[AdapterVersion], dict[str, Any]],
+) -> None:
+    @router.put("/{name}/versions/{version}/pin")
+    async def pin(name: str, version: str) -> JsonAnswer:
+        catalog.state.choose(name, version)
+        await before_pin(version)
+        return JsonAnswer(answer(await catalog.pin_version(name, version)))
+
+    @router.delete("/{name}/versions/{version}/pin")
+    async def unpin(name: str, version: str) -> Response:
+        await catalog.unpin_version(name, version)
+        return Response(status_code=204)
+
+
+def version_object(version: AdapterVersion, routes: Sequence[str], residency: VersionResidency) -> dict[str, Any]:
     """An adapter version as the admin API shows it; `routes` are those that use it now."""
     return {
         "object": "adapter.version",
@@ -121,6 +148,8 @@ def version_object(version: AdapterVersion, routes: Sequence[str]) -> dict[str, 
         "manifest": version.manifest,
         "created_at": version.created_at,
         "retired_at": version.retired_at,
+        "pinned_at": version.pinned_at,
+        "residency": residency,
         "routes": list(routes),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Depends
 
-from trimtab_server.api.admin.adapters import AfterRetire, BaseVocabulary, build_adapters_router
+from trimtab_server.api.admin.adapters import AfterRetire, BaseVocabulary, ResidencyOf, build_adapters_router
 from trimtab_server.api.admin.engines import build_engines_router
 from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
 from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
@@ -34,6 +34,7 @@ class AdminParts:
         validate: Loads a version in the engine before it is registered.
         before_switch: Loads a version in the engine before a route points to it.
         after_retire: Frees a version in the engine.
+        residency_of: Says whether a version is in the engine's memory.
         base_vocabulary: Fingerprint and number of tokens of the base model's tokenizer.
         adapter_roots: Directories that versions may be registered from; None means any.
     """
@@ -47,6 +48,7 @@ class AdminParts:
     validate: Validate
     before_switch: BeforeSwitch
     after_retire: AfterRetire
+    residency_of: ResidencyOf
     base_vocabulary: BaseVocabulary
     adapter_roots: Sequence[Path] | None = None
 
@@ -60,7 +62,9 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
             parts.catalog,
             switcher,
             validate=parts.validate,
+            before_pin=parts.before_switch,
             after_retire=parts.after_retire,
+            residency_of=parts.residency_of,
             base_vocabulary=parts.base_vocabulary,
             adapter_roots=parts.adapter_roots,
         )

@@ -5,12 +5,14 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.responses import Response
 
-from trimtab_adapters.contract.params import AdapterName, Alpha, SteeringRequest, VersionId
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.params import AdapterName, Alpha, SteeringOptions, SteeringRequest, VersionId
 from trimtab_server.api.admin.json_io import Body, JsonAnswer, body_of, list_answer
 from trimtab_server.api.admin.switching import RouteSwitcher
+from trimtab_server.api.steering_field import parse_steering
 from trimtab_server.storage.base import RouteRevision
 from trimtab_server.storage.catalog import SqlCatalog
 
@@ -25,8 +27,8 @@ CheckReward = Callable[[str], Awaitable[object]]
 class PutRoute(Body):
     """Body of `PUT /admin/routes/{name}`: the whole new state of the route."""
 
-    steering: SteeringRequest = SteeringRequest(adapters=[])
-    """Without adapters the route is the base model under another name."""
+    steering: Annotated[SteeringRequest, BeforeValidator(parse_steering)] = SteeringRequest(adapters=[])
+    """Adapters, operators and a negative prompt; with none of them the route is the base model under another name."""
     best_of: int | None = Field(default=None, ge=1, le=MAX_BEST_OF)
     reward: str | None = Field(default=None, max_length=64)
     comment: str = Field(default="", max_length=1000)
@@ -76,6 +78,10 @@ def build_routes_router(catalog: SqlCatalog, switcher: RouteSwitcher, *, check_r
     async def put(name: str, body: Annotated[PutRoute, Depends(body_of(PutRoute))]) -> JsonAnswer:
         if body.reward is not None:
             await check_reward(body.reward)
+        if body.steering.num_alternatives is not None:
+            raise InvalidRequestError(
+                "'steering.explain' belongs into a request; a route does not have it.", param="steering.explain"
+            )
         return changed(
             await switcher.put(name, body.steering, best_of=body.best_of, reward=body.reward, comment=body.comment)
         )
@@ -112,8 +118,14 @@ def route_object(revision: RouteRevision) -> dict[str, Any]:
         "route": revision.route,
         "revision": revision.revision,
         "steering": revision.steering,
+        "operators": operators_object(revision.options),
         "best_of": revision.best_of,
         "reward": revision.reward,
         "created_at": revision.created_at,
         "comment": revision.comment,
     }
+
+
+def operators_object(options: SteeringOptions) -> dict[str, Any]:
+    """What a route's steering has beside its adapters, as the body of `PUT` has it in `steering`; `{}` for nothing."""
+    return options.model_dump(include=set(SteeringOptions.model_fields), exclude_none=True)

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 
 from trimtab_adapters.contract.params import AdapterWeight, SteeringRequest, VersionId
-from trimtab_server.storage.base import RouteRevision
+from trimtab_server.storage.base import NO_OPTIONS, RouteRevision
 from trimtab_server.storage.catalog import SqlCatalog
 
 BeforeSwitch = Callable[[VersionId], Awaitable[object]]
@@ -27,9 +27,11 @@ class RouteSwitcher:
     ) -> RouteRevision:
         """Make a route, or give it a new revision. Raises what `SqlCatalog.put_route` and `before_switch` raise."""
         self._catalog.check_route_name(route)
-        terms = self._catalog.state.resolve(steering)
+        terms, options = self._catalog.state.resolve(steering), NO_OPTIONS.overridden_by(steering)
         await self._load(terms)
-        return await self._catalog.put_route(route, terms, best_of=best_of, reward=reward, comment=comment)
+        return await self._catalog.put_route(
+            route, terms, best_of=best_of, reward=reward, comment=comment, options=options
+        )
 
     async def activate(
         self, route: str, adapter: str, *, version: VersionId | None, alpha: float | None, comment: str = ""

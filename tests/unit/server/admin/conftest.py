@@ -15,6 +15,7 @@ from trimtab_adapters.contract.rewards import RewardInput, RewardSpec
 from trimtab_adapters.store import VersionStore
 from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.auth import Auth
+from trimtab_server.engine.adapter_memory import VersionResidency
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.errors import install_error_handlers
 from trimtab_server.settings import Settings
@@ -140,6 +141,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
         validate=engine.validate,
         before_switch=engine.load,
         after_retire=engine.free,
+        residency_of=lambda version: VersionResidency(),
         base_vocabulary=engine.base_vocabulary,
         adapter_roots=[tmp_path / "adapters"],
     )

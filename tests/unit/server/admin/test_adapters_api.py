@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trimtab_adapters.contract.errors import EngineUnavailableError, WeightsError
+from trimtab_adapters.contract.errors import AdapterMemoryFullError, EngineUnavailableError, WeightsError
 from version_directories import make_lora_directory, make_model_directory
 
 pytestmark = pytest.mark.anyio
@@ -28,6 +28,8 @@ async def add(bench: Bench, name: str = "kind", weight: float = 1.0, **body: Any
         ("GET", "adapters"),
         ("GET", "adapters/kind"),
         ("POST", "adapters/kind/versions/x/retire"),
+        ("PUT", "adapters/kind/versions/x/pin"),
+        ("DELETE", "adapters/kind/versions/x/pin"),
         ("GET", "routes"),
         ("PUT", "routes/nice"),
         ("DELETE", "routes/nice"),
@@ -163,12 +165,40 @@ async def test_a_version_is_retired_even_when_no_engine_is_there(bench: Bench) -
     assert (await bench.call("POST", f"adapters/kind/versions/{version}/retire"))["retired_at"] is not None
 
 
+async def test_a_version_is_pinned_when_the_engine_holds_it_and_unpinned(bench: Bench) -> None:
+    version = (await add(bench))["version"]
+    path = f"adapters/kind/versions/{version}/pin"
+    bench.engine.error = AdapterMemoryFullError("the adapter memory is full")
+    assert (await bench.refused("PUT", path, 503))["code"] == "adapter_memory_full"
+    assert (await bench.call("GET", "adapters"))["data"][0]["pinned_at"] is None
+    bench.engine.error = None
+    pinned = await bench.call("PUT", path)
+    assert bench.engine.calls[-1] == ("load", version)
+    assert pinned["pinned_at"] > 0
+    assert pinned["residency"] == {"state": "on_disk", "weight_bytes": 0, "in_flight": 0}
+    assert (await bench.call("PUT", path))["pinned_at"] == pinned["pinned_at"]
+    await bench.call("DELETE", path, 204)
+    await bench.call("DELETE", path, 204)
+    assert (await bench.call("GET", "adapters"))["data"][0]["pinned_at"] is None
+
+
+async def test_a_retired_version_is_not_pinned(bench: Bench) -> None:
+    version = (await add(bench))["version"]
+    await bench.call("PUT", f"adapters/kind/versions/{version}/pin")
+    retired = await bench.call("POST", f"adapters/kind/versions/{version}/retire")
+    assert retired["pinned_at"] is None
+    error = await bench.refused("PUT", f"adapters/kind/versions/{version}/pin", 400)
+    assert error["code"] == "version_retired"
+
+
 async def test_unknown_names_are_not_found(bench: Bench) -> None:
     await add(bench)
     for method, path in (
         ("GET", "adapters/rude"),
         ("GET", "adapters/kind/versions/0000"),
         ("POST", "adapters/kind/versions/0000/retire"),
+        ("PUT", "adapters/kind/versions/0000/pin"),
+        ("DELETE", "adapters/kind/versions/0000/pin"),
         ("GET", "routes/rude"),
         ("DELETE", "routes/rude"),
         ("POST", "routes/rude/rollback"),
@@ -183,7 +213,7 @@ async def test_unknown_names_are_not_found(bench: Bench) -> None:
 async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
     version = (await add(bench))["version"]
     body = {
-        "steering": {"adapters": [{"name": "kind", "alpha": 0.5}]},
+        "steering": {"adapters": [{"name": "kind", "alpha": 0.5}], "max_kl": 0.5},
         "best_of": 4,
         "reward": "length",
         "comment": "first",
@@ -195,6 +225,7 @@ async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
         "route": "nice",
         "revision": 1,
         "steering": [{"name": "kind", "version": version, "alpha": 0.5}],
+        "operators": {"max_kl": 0.5},
         "best_of": 4,
         "reward": "length",
         "comment": "first",
@@ -213,6 +244,10 @@ async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
         ({"steering": {"adapters": [{"name": "kind"}, {"name": "kind"}]}}, 400, "steering"),
         ({"steering": {"adapters": [{"name": "kind", "alpha": 1000}]}}, 400, None),
         ({"steering": {"adapters": [{"name": "kind"}] * 9}}, 400, None),
+        ({"steering": {"plausibility": 2}}, 400, "steering.plausibility"),
+        ({"steering": {"guidance_scale": 2}}, 400, "steering.guidance_scale"),
+        ({"steering": {"negative_prompt": ""}}, 400, "steering.negative_prompt"),
+        ({"steering": {"explain": True}}, 400, "steering.explain"),
         ({"best_of": 0}, 400, "best_of"),
         ({"best_of": 1.5}, 400, "best_of"),
         ({"reward": "nothing"}, 404, "reward"),
@@ -227,6 +262,24 @@ async def test_a_bad_route_is_refused_and_nothing_changes(
     if param is not None:
         assert error["param"] == param
     assert (await bench.call("GET", "routes"))["data"] == []
+
+
+async def test_operators_stay_when_a_version_is_activated_and_come_back_by_rollback(bench: Bench) -> None:
+    await add(bench)
+    operators = {
+        "schedule": {"start": 1, "first": 20, "decay": 0.5},
+        "negative_prompt": [{"role": "user", "content": "Be rude.\x00"}],
+        "guidance_scale": 2.0,
+    }
+    await bench.call("PUT", "routes/nice", json={"steering": {"adapters": [{"name": "kind"}], **operators}})
+    await add(bench, weight=2.0)
+    activated = await bench.call("POST", "routes/nice/activate", json={"adapter": "kind"})
+    assert activated["operators"] == operators
+    assert (await bench.call("PUT", "routes/nice", json={}))["operators"] == {}
+    back = await bench.call("POST", "routes/nice/rollback", json={"revision": 1})
+    assert (back["operators"], back["steering"][0]["name"]) == (operators, "kind")
+    history = (await bench.call("GET", "routes/nice/history"))["data"]
+    assert [revision["operators"] for revision in history] == [operators, operators, {}, operators]
 
 
 async def test_bad_route_names_are_refused(bench: Bench) -> None:

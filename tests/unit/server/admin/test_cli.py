@@ -74,6 +74,23 @@ async def test_an_adapter_goes_from_registration_to_retirement(bench: Bench, run
     assert [v["version"] for v in json.loads(await run("adapters", "list", "kind", "--json"))] == [one, two]
 
 
+async def test_versions_are_pinned_and_unpinned(bench: Bench, run: Run) -> None:
+    one = (await run("adapters", "add", "kind", str(make_model_directory(bench.directory / "a", weight=1.0)))).split()[
+        1
+    ]
+    two = (await run("adapters", "add", "kind", str(make_model_directory(bench.directory / "b", weight=2.0)))).split()[
+        1
+    ]
+    assert await run("adapters", "pin", f"kind@{one}") == f"kind {one} is pinned\n"
+    assert json.loads(await run("adapters", "pin", "kind", "--json"))["version"] == two
+    assert (await run("adapters", "list")).count("pinned") == 2
+    assert await run("adapters", "unpin", "kind") == f"kind {two} is not pinned\n"
+    assert (await run("adapters", "list")).count("pinned") == 1
+    for version in (one, two):
+        await run("adapters", "retire", "kind", version)
+    assert "all versions of kind are retired" in await run("adapters", "pin", "kind", status=1)
+
+
 async def test_a_relative_directory_is_sent_as_an_absolute_path(
     bench: Bench, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +119,26 @@ async def test_routes_are_set_listed_rolled_back_and_deleted(bench: Bench, run: 
     assert json.loads(await run("routes", "list", "--json")) == []
 
 
+async def test_operators_are_set_on_a_route_and_shown(run: Run) -> None:
+    line = await run(
+        *("routes", "set", "nice", "--schedule-first", "20", "--schedule-decay", "0.95", "--plausibility", "0.1"),
+        *("--max-kl", "0.5", "--negative-prompt", "Rude", "--guidance-scale", "2"),
+    )
+    assert line == (
+        "nice is at revision 1: schedule.start=0 schedule.first=20 schedule.decay=0.95 plausibility=0.1 max_kl=0.5 "
+        "negative_prompt guidance_scale=2\n"
+    )
+    assert json.loads(await run("routes", "show", "nice"))["operators"]["negative_prompt"] == "Rude"
+    assert "max_kl=0.5" in await run("routes", "list")
+    messages = [{"role": "user", "content": "Be rude."}]
+    await run("routes", "set", "nice", "--negative-messages", json.dumps(messages))
+    assert json.loads(await run("routes", "show", "nice"))["operators"] == {"negative_prompt": messages}
+    assert "not JSON" in await run("routes", "set", "nice", "--negative-messages", "{", status=1)
+    both = ("--negative-messages", "[]", "--negative-prompt", "x")
+    assert "either" in await run("routes", "set", "nice", *both, status=1)
+    assert "Expected a value <= 1" in await run("routes", "set", "nice", "--plausibility", "2", status=1)
+
+
 async def test_rollouts_are_listed_and_exported(bench: Bench, run: Run, tmp_path: Path) -> None:
     rollouts = [
         Rollout(
@@ -116,12 +153,14 @@ async def test_rollouts_are_listed_and_exported(bench: Bench, run: Run, tmp_path
             output_text="[bold]long\n" * 20,
             output_token_ids=[2],
             steering=[],
+            sampling={"steering_operators": {"max_kl": 0.5}, "guidance": {"token_ids": [1], "scale": 2.0}},
         )
         for number in range(3)
     ]
     await bench.log.append(rollouts)
     lines = (await run("rollouts", "list", "--since", "1")).splitlines()
     assert [line.split()[0] for line in lines] == ["ID", "r1", "r2"]
+    assert "max_kl=0.5 negative_prompt guidance_scale=2" in lines[1]
     assert "[bold]long [bold]long" in lines[1]  # text is never read as markup
     assert [item["id"] for item in json.loads(await run("rollouts", "list", "--limit", "1", "--json"))] == ["r0"]
     parquet, jsonl = tmp_path / "out.parquet", tmp_path / "out.jsonl"

@@ -3,8 +3,10 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from trimtab_adapters.contract.errors import (
     ConflictError,
@@ -13,7 +15,14 @@ from trimtab_adapters.contract.errors import (
     NotFoundError,
     WeightsError,
 )
-from trimtab_adapters.contract.params import AdapterChoice, AdapterWeight, SteeringRequest
+from trimtab_adapters.contract.params import (
+    AdapterChoice,
+    AdapterWeight,
+    AlphaSchedule,
+    PromptMessage,
+    SteeringOptions,
+    SteeringRequest,
+)
 from trimtab_adapters.store import VersionStore
 from trimtab_server.storage.base import AdapterVersion, ResolvedModel
 from trimtab_server.storage.catalog import SqlCatalog
@@ -88,6 +97,53 @@ async def test_the_requests_steering_replaces_the_routes(bench: Workbench) -> No
     assert exact.steering == (AdapterWeight(name="kind", version=first.version, alpha=-1.0),)
     none = await bench.catalog.resolve("nice", steering())
     assert none.steering == ()
+
+
+OPTIONS = SteeringOptions(
+    schedule=AlphaSchedule(first=20, decay=0.95),
+    plausibility=0.1,
+    negative_prompt=[PromptMessage(role="user", content="Be rude. \x00\ud800")],
+    guidance_scale=2.0,
+)
+
+
+async def test_a_routes_options_survive_activation_rollback_and_restart(bench: Workbench) -> None:
+    await bench.register("kind", 1.0)
+    await bench.catalog.put_route("nice", [], options=OPTIONS)
+    activated = await bench.catalog.activate("nice", "kind")
+    assert (activated.options, len(activated.steering)) == (OPTIONS, 1)
+    assert (await bench.catalog.put_route("nice", [])).options == SteeringOptions()
+    assert (await bench.catalog.rollback("nice", 2)).options == OPTIONS
+    again = bench.open()
+    await again.load()
+    assert (await again.resolve("nice", None)).options == OPTIONS
+    assert [revision.options == OPTIONS for revision in await again.history("nice")] == [True, True, False, True]
+
+
+async def test_options_of_a_request_replace_the_routes_one_by_one(bench: Workbench) -> None:
+    await bench.catalog.put_route("nice", [], options=OPTIONS)
+
+    async def options(**fields: Any) -> SteeringOptions:
+        return (await bench.catalog.resolve("nice", SteeringRequest(**fields))).options
+
+    assert await options(adapters=[]) == OPTIONS
+    assert await options(plausibility=0.5) == OPTIONS.model_copy(update={"plausibility": 0.5})
+    assert await options(schedule=None) == OPTIONS.model_copy(update={"schedule": None})
+    assert await options(negative_prompt="Rude") == OPTIONS.model_copy(update={"negative_prompt": "Rude"})
+    without = OPTIONS.model_copy(update={"negative_prompt": None, "guidance_scale": None})
+    assert await options(negative_prompt=None) == without
+    with pytest.raises(InvalidRequestError) as caught:
+        await options(negative_prompt=None, guidance_scale=2.0)
+    assert caught.value.param == "steering.guidance_scale"
+    with pytest.raises(InvalidRequestError):
+        await bench.catalog.resolve("base", SteeringRequest(guidance_scale=2.0))
+
+
+async def test_revisions_from_before_there_were_options_have_none(bench: Workbench) -> None:
+    await bench.catalog.put_route("nice", [], best_of=2)
+    with bench.database.reading() as connection:
+        assert connection.execute(text("SELECT options FROM route_revisions")).scalar_one() is None
+    assert bench.catalog.state.route("nice").options == SteeringOptions()
 
 
 async def test_an_alpha_of_zero_is_not_taken_for_the_default(bench: Workbench) -> None:
@@ -305,3 +361,24 @@ async def test_a_caller_that_goes_away_leaves_memory_and_database_agreed(bench: 
     again = bench.open()
     await again.load()
     assert await again.routes() == await bench.catalog.routes()
+
+
+async def test_pinned_versions_are_kept_over_a_restart_until_they_are_unpinned_or_retired(bench: Workbench) -> None:
+    first, second = await bench.register("kind", 1.0), await bench.register("kind", 2.0)
+    pinned = await bench.catalog.pin_version("kind", first.version)
+    assert pinned.pinned_at is not None
+    assert await bench.catalog.pin_version("kind", first.version) == pinned, "twice is harmless"
+    again = bench.open()
+    await again.load()
+    assert await again.active_versions() == [pinned]
+    assert (again.is_kept(first.version), again.is_kept(second.version)) == (True, False)
+    await again.activate("nice", "kind", second.version)
+    assert again.is_kept(second.version), "a route uses it"
+    assert (await again.unpin_version("kind", first.version)).pinned_at is None
+    assert not again.is_kept(first.version)
+    await again.pin_version("kind", first.version)
+    assert (await again.retire_version("kind", first.version)).pinned_at is None
+    with pytest.raises(InvalidRequestError):
+        await again.pin_version("kind", first.version)
+    with pytest.raises(NotFoundError):
+        await again.unpin_version("kind", "0" * 16)

@@ -6,13 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from trimtab_adapters.contract.errors import StorageError
+from trimtab_adapters.contract.params import SteeringOptions
+from trimtab_server.storage import database as database_module
+from trimtab_server.storage.catalog_state import revision_of
 from trimtab_server.storage.database import Database, RefusedDataError
-from trimtab_server.storage.tables import metadata, rewards
+from trimtab_server.storage.tables import metadata, rewards, route_revisions
 
 
 def test_migrations_build_exactly_the_tables(database: Database) -> None:
@@ -27,6 +32,28 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
     database.migrate()
     with database.reading() as connection:
         assert connection.execute(text("SELECT count(*) FROM rewards")).scalar_one() == 1
+
+
+def test_routes_of_the_first_schema_are_kept(database_url: str) -> None:
+    database = Database(database_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(database_module.__file__).parent / "migrations"))
+    if database.is_sqlite and (file := database.engine.url.database):
+        Path(file).parent.mkdir(parents=True)
+    with database.writing() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(
+            text(
+                "INSERT INTO route_revisions (route, revision, steering, created_at, comment) "
+                "VALUES ('nice', 1, '[]', 1.0, '')"
+            )
+        )
+    database.migrate()
+    with database.reading() as connection:
+        row = connection.execute(select(route_revisions)).mappings().one()
+    assert (row["route"], revision_of(row).options) == ("nice", SteeringOptions())
+    database.close()
 
 
 def test_several_processes_may_migrate_at_once(database_url: str) -> None:

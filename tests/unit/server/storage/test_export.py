@@ -55,6 +55,7 @@ def from_parquet(row: dict[str, Any]) -> Rollout:
 async def test_parquet_holds_every_field(tmp_path: Path, make_rollout: MakeRollout) -> None:
     rollouts = [
         make_rollout("a"),
+        make_rollout("c", adapter_logprobs=[[None, -0.5], [None, None]]),
         make_rollout(
             "b",
             prompt=None,

@@ -40,6 +40,17 @@ async def test_a_rollout_comes_back_exactly(database: Database, make_rollout: Ma
     assert await read_one(database) == rollout
 
 
+async def test_tokens_at_which_an_adapter_did_not_run_stay_none_and_a_nan_stays_a_nan(
+    database: Database, make_rollout: MakeRollout
+) -> None:
+    insert(
+        database, make_rollout(adapter_logprobs=[[None, -0.5, None], [0.0, float("nan"), float("-inf")], [None], []])
+    )
+    first, (zero, nan, infinite), *rest = (await read_one(database)).adapter_logprobs or []
+    assert (first, zero, infinite, rest) == ([None, -0.5, None], 0.0, float("-inf"), [[None], []])
+    assert nan != nan
+
+
 async def test_what_was_not_recorded_stays_absent_and_not_empty(database: Database, make_rollout: MakeRollout) -> None:
     rollout = make_rollout(
         prompt=None,
