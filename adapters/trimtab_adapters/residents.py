@@ -217,7 +217,10 @@ class Residents:
                 raise ManifestError(f"{path} holds version {manifest.version_id}, not {version}")
             check_vocabulary(manifest, self.base)
             load.reservation.resize(added_bytes(manifest, path, self.dtype))
-            unchecked = self._read_lm(path) if manifest.lora is None else self._trunks.read(manifest, path)
+            if manifest.lora is None:
+                unchecked: UncheckedLM = self._read_lm(path)
+            else:
+                unchecked = self._trunks.read(manifest, path, load.reservation)
             try:
                 check_fit(manifest, unchecked.shape, self.base)
                 if manifest.lora is None:

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from trimtab_adapters.adapter_lm import AdapterLM, UncheckedAdapterLM, UncheckedLM
-from trimtab_adapters.contract.errors import AdapterError
+from trimtab_adapters.contract.errors import AdapterError, AdapterMemoryFullError, AdapterTooLargeError
 from trimtab_adapters.contract.lora import LoraConfig
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.lean_decoder import FAMILIES, LeanDecoder
@@ -129,11 +129,17 @@ class Trunks:
         with self._lock:
             return sum(trunk.stacks.weight_bytes for trunk in self._trunks.values() if trunk.stacks is not None)
 
-    def read(self, manifest: Manifest, directory: Path) -> UncheckedLM:
+    def read(self, manifest: Manifest, directory: Path, reservation: Reservation) -> UncheckedLM:
         """The LoRA of a version directory, with a LM that is read if no other LoRA has read it.
 
         Where a LM's layers are not ours, the LoRA is merged into a copy of the LM's weights: right, but not shared.
         Free what comes of it, or the LM stays.
+
+        Args:
+            manifest: Of a LoRA.
+            directory: The version's.
+            reservation: Of the LoRA's own bytes. Where the LM finds no room, what both want together is noted there:
+                who makes room must not be told of the LoRA alone.
 
         Raises:
             AdapterError: The LoRA, or the LM, is refused.
@@ -144,6 +150,8 @@ class Trunks:
             key = manifest.lora.trunk_sha256
             trunk = self._acquire(key, directory)
             try:
+                if isinstance(trunk.read.exception(), AdapterMemoryFullError | AdapterTooLargeError):
+                    reservation.wanted_bytes += trunk.reservation.wanted_bytes
                 trunk.read.result()
                 if trunk.is_ours:
                     return UncheckedLora(trunk, config, updates, lambda: self._give_up(key))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_directories import merged, write_lora, write_model
 from steering_reference import VOCAB_SIZE, base_description, load, params
-from trimtab_adapters.adapter_lm import Backend
+from trimtab_adapters.adapter_lm import AdapterLM, Backend
 from trimtab_adapters.residents import Residents
 from trimtab_adapters.steering import SteeringCore
 from trimtab_adapters.store import VersionStore
@@ -48,6 +48,7 @@ def test_loras_round_as_bfloat16_does_and_no_worse(family: str, tmp_path: Path) 
     loras = [write_lora(tmp_path / f"l{r}", trunk, seed=r, r=r, lora_alpha=2 * r) for r in RANKS]
     versions = [load(residents, store.add(lora, name=lora.name, trunk=trunk)[1]) for lora in loras]
     first = residents.committed[versions[0]].adapter.trunk
+    assert isinstance(first, AdapterLM)
     assert isinstance(first.dense, CpuOps)
     assert isinstance(first.kernel, CpuKernel)
     rows = [core.open(params(f"u{n}", (versions[n % 5], 1.0)), prompt, []) for n, prompt in enumerate(PROMPTS)]

@@ -86,10 +86,14 @@ class AdapterMemory:
         return not versions & self.freeing and versions <= (self.usable | self.loading | self.in_flight.keys())
 
     def is_impossible(self, versions: Set[VersionId]) -> bool:
-        """Whether these are known to be larger together than the whole budget."""
+        """Whether these are known to be larger together than the whole budget.
+
+        What the engine uses beyond versions is not taken off: of a LoRA that was refused together with its LM the size
+        is that of both, and the LM may be in there by now.
+        """
         if self.budget_bytes is None or not versions <= self._sizes.keys():
             return False
-        return self._sum(versions) > self.budget_bytes - self.shared_bytes
+        return self._sum(versions) > self.budget_bytes
 
     def lacking_bytes(self, versions: Set[VersionId]) -> int:
         """How much must be freed before all of these fit; 0 or less when they do.

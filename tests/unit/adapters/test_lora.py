@@ -272,6 +272,27 @@ def test_loras_that_are_loaded_at_the_same_time_read_their_trunk_once(
     assert residents.weight_status().used_bytes == 0
 
 
+def test_a_budget_counts_a_trunk_once_and_says_what_a_lora_needs_with_its_own(
+    trunk: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    whole = (trunk / "model.safetensors").stat().st_size
+    residents = Residents(
+        base_description(tiny_models.base), CPU, kv_bytes=1 << 24, weight_bytes=int(1.9 * whole), dtype=torch.float32
+    )
+    world = World(tmp_path, residents)
+    for number in range(4):  # as whole models they would need more than four times the room
+        world.add(f"lora-{number}", trunk, r=1)
+    second = write_model(tmp_path / "second", "Llama", seed=9)
+    manifest, path = world.store.add(write_lora(tmp_path / "l9", second, seed=9, r=1), name="l9", trunk=second)
+    residents.prepare(manifest.version_id, str(path))
+    status = wait(residents, manifest.version_id)
+    assert (status.state, status.error_code) == ("failed", "adapter_memory_full")
+    assert status.weight_bytes > 0.9 * whole, "who makes room must know of its trunk"
+    used = residents.weight_status().used_bytes
+    world.add("one-more", trunk, r=1)
+    assert 0 < residents.weight_status().used_bytes - used < 0.1 * whole
+
+
 def test_a_lora_that_is_refused_does_not_keep_its_trunk(world: World, trunk: Path) -> None:
     bad = write_lora(world.root / "bad", trunk, seed=1, size=1e25)
     manifest, path = world.store.add(bad, name="bad", trunk=trunk)

@@ -14,6 +14,7 @@ from fake_gateway import MemoryCatalog, adapter_version, asgi_client, build_gate
 from trimtab_adapters.contract.engine_api import LoadedVersion, RetireReply
 from trimtab_adapters.contract.errors import AdapterMemoryFullError, InvalidRequestError, WeightsError
 from trimtab_adapters.contract.params import AdapterWeight
+from trimtab_server.engine.adapter_memory import AdapterMemory
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.engine.residency import Residency
 from trimtab_server.storage.base import AdapterVersion
@@ -217,6 +218,17 @@ async def test_versions_that_never_fit_together_are_refused_at_once() -> None:
     with pytest.raises(InvalidRequestError, match="do not fit together") as caught:
         await bench.use(0, 1, 2)
     assert (caught.value.param, caught.value.code) == ("steering", "adapter_too_large")
+
+
+def test_a_lora_refused_together_with_its_lm_is_not_impossible_when_another_has_brought_the_lm() -> None:
+    memory = AdapterMemory(lambda version: False)
+    memory.budget_bytes = 19
+    memory.learn_size(vid(1), 11)  # as the engine said when it refused: 1, and 10 of the LM
+    memory.shared_bytes = 10  # the LM, which came with another LoRA
+    assert not memory.is_impossible({vid(1)})
+    assert memory.lacking_bytes({vid(1)}) <= 0
+    memory.learn_size(vid(1), 20)
+    assert memory.is_impossible({vid(1)})
 
 
 async def test_a_version_larger_than_its_files_is_loaded_when_the_engine_has_said_how_large() -> None:
