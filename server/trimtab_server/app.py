@@ -35,6 +35,7 @@ def create_app(parts: GatewayParts) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await parts.abandoned.aclose()
             for stop in parts.on_stop:
                 await stop()
             await parts.residency.aclose()

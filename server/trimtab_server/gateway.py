@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from trimtab_server.decoding.abandoned_records import AbandonedRecords
 from trimtab_server.decoding.candidates import Selector
 from trimtab_server.decoding.explanations import Explainer
 from trimtab_server.decoding.generation import Generator
@@ -35,6 +36,7 @@ class GatewayParts:
         on_stop: Awaited in order when the application stops, after the background tasks.
         guidance: Tokenises negative prompts.
         token_texts: Texts of the tokens in explanations.
+        abandoned: Records that nobody will ask for.
     """
 
     settings: Settings
@@ -49,16 +51,24 @@ class GatewayParts:
     on_stop: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
     guidance: GuidanceResolver = field(init=False)
     token_texts: TokenTexts = field(init=False)
+    abandoned: AbandonedRecords = field(init=False)
 
     def __post_init__(self) -> None:
         """Parts that only depend on the others."""
         self.guidance = GuidanceResolver(self.engine, self.residency)
         self.token_texts = TokenTexts(self.engine)
+        self.abandoned = AbandonedRecords(self.engine)
         self.metrics.watch_engine(lambda: self.residency.last_status)
 
     def generator(self) -> Generator:
         """The request path over these parts."""
         explainer = Explainer(self.engine, self.token_texts)
         return Generator(
-            self.engine, self.residency, self.selector, self.rollout_log, self.settings.rollouts, explainer
+            self.engine,
+            self.residency,
+            self.selector,
+            self.rollout_log,
+            self.settings.rollouts,
+            explainer,
+            self.abandoned,
         )

@@ -18,6 +18,7 @@ from trimtab_adapters.contract.errors import (
     SteeringError,
     StorageError,
 )
+from trimtab_server.decoding.abandoned_records import AbandonedRecords
 from trimtab_server.decoding.candidates import Selection, Selector
 from trimtab_server.decoding.explanations import ExplainedDelta, Explainer
 from trimtab_server.decoding.fanout import MergedStream, generate_all
@@ -25,7 +26,7 @@ from trimtab_server.decoding.job import GenerationJob, JobResult, PromptResult
 from trimtab_server.decoding.logprobs import checked_record
 from trimtab_server.decoding.reference_draw import BaseReferenceDraw
 from trimtab_server.decoding.rollouts import rollouts_of
-from trimtab_server.engine.base import Candidate, Engine, EngineDelta
+from trimtab_server.engine.base import Candidate, Engine, EngineDelta, EngineRequest
 from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.residency import Residency
 from trimtab_server.settings import RolloutMode
@@ -44,6 +45,7 @@ class Generator:
         rollout_log: Where rollouts go; not used when `mode` is `off`.
         mode: In `durable` mode a failing log fails the request; in `async` mode it is logged as an error.
         explainer: Explains the choices of jobs that ask for it.
+        abandoned: Gets the candidates whose records nobody will take.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Generator:
         rollout_log: RolloutLog,
         mode: RolloutMode,
         explainer: Explainer,
+        abandoned: AbandonedRecords,
     ) -> None:
         self._engine = engine
         self._residency = residency
@@ -61,6 +64,7 @@ class Generator:
         self._rollout_log = rollout_log
         self._mode = mode
         self._explainer = explainer
+        self.abandoned = abandoned
 
     @property
     def is_logging(self) -> bool:
@@ -70,6 +74,14 @@ class Generator:
     async def complete(self, job: GenerationJob) -> JobResult:
         """Generate, rank and log all candidates of a job. Cancelling aborts the engine's work."""
         requests = [job.request(p, c) for p in range(len(job.prompts)) for c in range(job.num_candidates)]
+        try:
+            prompts = await self._answered(job, requests)
+        except BaseException:
+            self.abandoned.forget(requests)
+            raise
+        return await self.finished(job, prompts)
+
+    async def _answered(self, job: GenerationJob, requests: Sequence[EngineRequest]) -> list[PromptResult]:
         with self.watching():
             async with self._residency.pin(weight.version for weight in job.active_adapters):
                 candidates = await generate_all(self._engine, requests)
@@ -80,7 +92,7 @@ class Generator:
             if job.explains:
                 chosen = [selection.candidate for prompt in prompts for selection in prompt.selections[: job.n]]
                 await self._explainer.explain(job, chosen)
-        return await self.finished(job, prompts)
+        return prompts
 
     def stream(self, job: GenerationJob) -> "JobStream":
         """Answer a job piece by piece; every candidate is a choice."""
@@ -201,6 +213,7 @@ class JobStream:
         self._candidates: dict[int, Candidate] = {}
         self._seen: set[int] = set()
         self._ahead: tuple[int, ExplainedDelta] | None = None
+        self._untaken: list[EngineRequest] = []
 
     async def start(self) -> None:
         """Pin the versions and wait for the first delta. Call `aclose` in the end, also when this fails."""
@@ -212,6 +225,7 @@ class JobStream:
                 CandidateBuilder(request, self._engine.name, index=i % job.num_candidates)
                 for i, request in enumerate(requests)
             ]
+            self._untaken = requests
             self._merged = MergedStream(partial(self._explainer.stream, job), requests)
             self._ahead = await self._merged.next()
 
@@ -241,11 +255,14 @@ class JobStream:
         candidates = [self._candidates[i] for i in sorted(self._candidates)]
         with self._generator.watching():
             await self._generator.attach_records(job, candidates)
+        self._untaken = []
         prompts = [in_order(candidates[i : i + size]) for i in range(0, len(candidates), size)]
         return await self._generator.finished(job, prompts)
 
     async def aclose(self) -> None:
         """Abort what still runs and let the versions go."""
+        self._generator.abandoned.forget(self._untaken)
+        self._untaken = []
         if self._merged is not None:
             await self._merged.aclose()
         await self._pins.aclose()
