@@ -188,6 +188,8 @@ class Residents:
         self._retiring: dict[VersionId, ResidentVersion] = {}
         self._failed: dict[VersionId, LoadedVersion] = {}
         self._pools: dict[KvGeometry, KvPool] = {}
+        self.reclaim: Callable[[], bool] | None = None
+        """Gives KV memory back that is not needed now; whether there was any."""
 
     def prepare(self, version: VersionId, path: str) -> None:
         """Start loading a version; ask `poll` how it goes. Asking again for one that is there does nothing."""
@@ -285,7 +287,13 @@ class Residents:
     def _pool(self, geometry: KvGeometry) -> KvPool:
         pool = self._pools.get(geometry)
         if pool is None:
-            pool = self._pools[geometry] = KvPool(geometry, self.budget, self.device)
+            try:
+                pool = KvPool(geometry, self.budget, self.device)
+            except PoolExhaustedError:
+                if self.reclaim is None or not self.reclaim():
+                    raise
+                pool = KvPool(geometry, self.budget, self.device)
+            self._pools[geometry] = pool
         return pool
 
     def commit(self, version: VersionId) -> LoadedVersion:

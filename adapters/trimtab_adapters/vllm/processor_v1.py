@@ -103,7 +103,7 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
                 self._occupants[source] = standing
             elif standing is not None:
                 self._close(standing.row)
-        self.tidy()
+        self.residents.sweep()
 
     def _evict(self, index: int) -> None:
         occupant = self._occupants.pop(index, None)
@@ -115,6 +115,11 @@ class SteeringProcessor(SteeringShell, LogitsProcessor):
             self.core.close(row)
         except Exception:  # boundary, as above; the others of the batch must still be told where they are
             logger.exception("a row could not be closed; its blocks may be lost")
+
+    def drop(self, uid: str) -> None:
+        """Let go of the row of a request that has ended. The runner says so with its next step, which may take long."""
+        for index in [index for index, occupant in self._occupants.items() if occupant.row.params.uid == uid]:
+            self._evict(index)
 
     def steered_indices(self, num_rows: int) -> set[int]:
         """Rows of this step that asked for steering, whether or not their sample counts."""

@@ -109,7 +109,7 @@ class SteeringProcessorV2(SteeringShell, LogitsProcessor):
             if self.is_occupied is not None:
                 for slot in [slot for slot in self._rows if not self.is_occupied(slot)]:
                     self._close(slot)
-            self.tidy()
+            self.residents.sweep()
         except Exception:  # boundary: an exception that leaves a processor kills the engine for good
             logger.exception("rows of departed requests could not be closed; they are tried again in the next step")
 

@@ -41,7 +41,6 @@ class SteeringShell:
         residents: Adapter versions of this worker.
         records: What was sampled, until it is taken.
         base_lm: The base model over our own blocks, or why it cannot be; the worker extension attaches it.
-        is_trial_over: Whether the base expert was only tried, so that its blocks can go with its last row.
         result: What the last step did; None when it steered nothing.
     """
 
@@ -49,8 +48,8 @@ class SteeringShell:
         self.boot_id = uuid.uuid4().hex
         self.residents = residents
         self.base_lm: PackedLM | AdapterError = AdapterError(NOT_ATTACHED)
-        self.is_trial_over = False
         self._base_expert: BaseExpert | None = None
+        residents.reclaim = self.drop_base_expert
         self.core = SteeringCore(
             residents.committed, vocab_size=residents.base.vocab_size, base_expert=self.base_expert
         )
@@ -67,18 +66,20 @@ class SteeringShell:
         if isinstance(self.base_lm, AdapterError):
             raise self.base_lm
         if self._base_expert is None:
-            pool = KvPool(self.base_lm.geometry, self.residents.budget, self.base_lm.device)
+            geometry, budget = self.base_lm.geometry, self.residents.budget
+            # Few to begin with: a base's blocks are large, and it grows by doubling.
+            pool = KvPool(geometry, budget, self.base_lm.device, min_blocks=4)
             self._base_expert = BaseExpert(self.base_lm, pool, self.residents.base)
         return self._base_expert
 
-    def tidy(self) -> None:
-        """After rows came and went: free retired versions, and the blocks that the trial of guidance took."""
-        self.residents.sweep()
+    def drop_base_expert(self) -> bool:
+        """Give the base expert's blocks back, if no row uses it. Returns whether there were any to give."""
         expert = self._base_expert
-        if self.is_trial_over and expert is not None and expert.num_rows == 0:
-            self.is_trial_over = False
-            self.residents.budget.allocated_bytes -= expert.pool.num_blocks * expert.pool.geometry.block_bytes
-            self._base_expert = None
+        if expert is None or expert.num_rows:
+            return False
+        self.residents.budget.allocated_bytes -= expert.pool.num_blocks * expert.pool.geometry.block_bytes
+        self._base_expert = None
+        return True
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

@@ -78,7 +78,9 @@ class TrimtabWorkerExtension:
         records = processor.records.take([uid])
         dtype = self.vllm_config.model_config.dtype
         reason = _guidance_defect(records[0] if records else None, _GUIDANCE_TOLERANCE.get(dtype, 0.3))
-        processor.is_trial_over = True
+        if isinstance(processor, SteeringProcessor):
+            processor.drop(uid)
+        processor.drop_base_expert()
         if reason is not None:
             logger.warning("no guidance by negative prompts: %s", reason)
             processor.base_lm = AdapterError(f"this engine's base model cannot be its own expert: {reason}")

@@ -84,6 +84,13 @@ def expert_in(directory: Path) -> Expert:
     return Expert(str(directory), tuple(read_manifest(directory).prefix_token_ids))
 
 
+def test_the_trial_of_guidance_at_start_leaves_nothing_behind(cramped_engine: str) -> None:
+    status = httpx.get(f"{cramped_engine}/trimtab/status", trust_env=False).json()
+    assert status["can_guide"] is True
+    assert status["cache"]["allocated_bytes"] == 0, "else adapters might not find room in a small cache"
+    assert status["failed_rows"] == 0
+
+
 def test_whatever_clients_do_each_answer_is_the_plain_loops(
     cramped_engine: str, cramped_gateway: RunningGateway, tiny_models: TinyModels, passing: dict[str, Path]
 ) -> None:
