@@ -13,6 +13,7 @@ from trimtab_adapters.contract.manifest import read_manifest
 from trimtab_adapters.store import VersionStore
 from trimtab_training.models import Vocabulary, add_control_tokens, load_causal_lm
 from trimtab_training.publish import VersionInfo, register_version, temporary_version, write_version
+from trimtab_training.rollouts import NO_OPERATORS
 
 INFO = VersionInfo("a", 0.8, (64,), {"objective": "quark"}, reward="lucky@9", evaluation={"win_rate": 0.7})
 
@@ -68,7 +69,8 @@ def test_a_temporary_version_is_retired_and_deleted_even_after_an_error(
     def fail_inside(client: Any) -> None:
         with temporary_version(client, tmp_path, model, vocabulary, INFO) as named:
             assert list(gateway.versions) == [named.version]
-            assert named.steering == {"adapters": [{"name": "a", "version": named.version, "alpha": 0.8}]}
+            alone = {"adapters": [{"name": "a", "version": named.version, "alpha": 0.8}]}
+            assert named.steering == alone | NO_OPERATORS, "a route's operators must not leak into what is drawn"
             raise RuntimeError("draw")
 
     with gateway.client() as client, pytest.raises(RuntimeError, match="draw"):
