@@ -30,6 +30,9 @@ RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 WORKER_EXTENSION = "trimtab_adapters.vllm.worker_extension.TrimtabWorkerExtension"
 ENDPOINT_PLUGIN = "trimtab"
 DEFAULT_PORT = 8100
+DEFAULT_CPU_KV_GIB = "4"
+"""The base's KV cache on a CPU, as in the Compose file."""
+_MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -141,6 +144,9 @@ def _prepare_environment(argv: list[str], model_runner: str | None = None) -> No
         os.environ["VLLM_PLUGINS"] = ",".join([*filter(None, allowed.split(",")), ENDPOINT_PLUGIN])
     _prepare_runner(model_runner)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not any(argument.split("=")[0] in _MEMORY_FLAGS for argument in argv):
+        # Only vLLM's CPU backend reads it. Without it an engine wants nearly all memory of the machine to be free.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_GIB)
     if "--enforce-eager" in argv:
         # On CPU the log-probability kernel is compiled even in eager mode: 10 s at the first request.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -13,7 +13,13 @@ from trimtab_adapters.vllm.launch import LaunchError
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER", "VLLM_NO_USAGE_STATS", "VLLM_API_KEY"):
+    for name in (
+        "VLLM_PLUGINS",
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "VLLM_NO_USAGE_STATS",
+        "VLLM_API_KEY",
+        "VLLM_CPU_KVCACHE_SPACE",
+    ):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back whatever the code sets
         monkeypatch.delenv(name)
 
@@ -168,3 +174,23 @@ def test_without_a_list_ours_is_added_to_what_is_installed() -> None:
     launch._prepare_environment([])
     assert "trimtab" in os.environ["VLLM_PLUGINS"].split(",")
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "after"),
+    [
+        ([], None, "4"),
+        ([], "9", "9"),
+        (["--gpu-memory-utilization=0.5"], None, None),
+        (["--kv-cache-memory-bytes", "100"], None, None),
+    ],
+)
+def test_on_a_cpu_the_base_gets_a_modest_cache_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], given: str | None, after: str | None
+) -> None:
+    if given is None:
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", given)
+    launch._prepare_environment(arguments)
+    assert os.environ.get("VLLM_CPU_KVCACHE_SPACE") == after
