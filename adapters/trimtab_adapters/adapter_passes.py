@@ -54,7 +54,7 @@ class AdapterPasses:
         """Let adapter LMs read these tokens ahead of need. Never raises: what fails here is tried again by `run`."""
         groups: dict[int, list[tuple[Term, list[int]]]] = {}
         for term, tokens in members:
-            groups.setdefault(id(term.resident.adapter.trunk), []).append((term, tokens))
+            groups.setdefault(id(term.expert.adapter.trunk), []).append((term, tokens))
         for group in groups.values():
             self._prefill_group(group)
 
@@ -63,10 +63,10 @@ class AdapterPasses:
         try:
             self._packed(group).prefill()
         except Exception:  # an exception that leaves a processor kills the engine for good
-            apart = _by_version(group, lambda member: member[0].resident.version)
+            apart = _by_version(group, lambda member: member[0].expert.version)
             logger.exception("adapter version %s failed while reading a prompt ahead", ", ".join(apart))
             for term, _ in group:
-                term.resident.pool.discard(term.cache)
+                term.expert.pool.discard(term.cache)
             if len(apart) > 1:
                 for part in apart.values():
                     self._prefill_group(part)
@@ -81,18 +81,18 @@ class AdapterPasses:
         """
         groups: dict[int, list[Member]] = {}
         for row, term in members:
-            groups.setdefault(id(term.resident.adapter.trunk), []).append((row, term))
+            groups.setdefault(id(term.expert.adapter.trunk), []).append((row, term))
         tables: dict[VersionId, LogprobTable] = {}
         for trunk, group in groups.items():
             alive = [member for member in group if member[0].error is None]
             if not alive:
                 continue
-            pool = group[0][1].resident.pool
-            victims = [term.cache for term in bystanders if term.resident.pool is pool]
+            pool = group[0][1].expert.pool
+            victims = [term.cache for term in bystanders if term.expert.pool is pool]
             victims += [
                 term.cache
                 for other, others in groups.items()
-                if other != trunk and others[0][1].resident.pool is pool
+                if other != trunk and others[0][1].expert.pool is pool
                 for _, term in others
             ]
             tables |= self._run_group(alive, victims)
@@ -103,12 +103,12 @@ class AdapterPasses:
 
         A row that fits no pool fails alone: the others are tried again without it.
         """
-        versions = _by_version(members, lambda member: member[1].resident.version)
+        versions = _by_version(members, lambda member: member[1].expert.version)
         names = ", ".join(versions)
         started = time.perf_counter()
         try:
-            logits = self._logits(members, victims)
-            num_known = members[0][1].resident.num_known  # the same for all LoRAs on a LM
+            logits = self._packed([(term, term.tokens) for _, term in members]).next_token_logits(victims)
+            num_known = members[0][1].expert.num_known  # the same for all LoRAs on a LM
             logprobs = mixing.adapter_logprobs(logits, vocab_size=self.vocab_size, num_known=num_known)
             is_finite = torch.isfinite(logprobs.amin(dim=-1)).tolist()
         except PoolExhaustedError as exc:
@@ -123,17 +123,17 @@ class AdapterPasses:
             _fail(members, f"adapter version {names} failed: {type(exc).__name__}")
             return {}
         broken = [member for member, fine in zip(members, is_finite, strict=True) if not fine]
-        if len({term.resident.version for _, term in broken}) > 1:  # perhaps the fault of one alone
+        if len({term.expert.version for _, term in broken}) > 1:  # perhaps the fault of one alone
             logger.error("NaN or infinite logits in a forward pass of %s", names)
             return self._run_apart(versions, broken, victims)
         seconds = time.perf_counter() - started
         for group in versions.values():
-            group[0][1].resident.activity.add(len(group), seconds * len(group) / len(members))
+            group[0][1].expert.activity.add(len(group), seconds * len(group) / len(members))
         for member in broken:
-            _fail([member], f"adapter version {member[1].resident.version} produced NaN or infinite logits")
+            _fail([member], f"adapter version {member[1].expert.version} produced NaN or infinite logits")
         tables = {version: LogprobTable(logprobs, {}) for version in versions}
         for place, (row, term) in enumerate(members):
-            tables[term.resident.version].places[id(row)] = place
+            tables[term.expert.version].places[id(row)] = place
         return tables
 
     def _run_apart(
@@ -147,7 +147,7 @@ class AdapterPasses:
             victims: As for `_run_group`.
         """
         for _, term in spoilt:
-            term.resident.pool.discard(term.cache)
+            term.expert.pool.discard(term.cache)
         tables: dict[VersionId, LogprobTable] = {}
         for version, group in versions.items():
             alive = [member for member in group if member[0].error is None]
@@ -156,26 +156,19 @@ class AdapterPasses:
                 tables |= self._run_group(alive, [*victims, *others])
         return tables
 
-    def _logits(self, members: Sequence[Member], victims: Sequence[SequenceCache]) -> Tensor:
-        first = members[0][1].resident
-        if all(term.resident is first for _, term in members):
-            caches, tokens = [term.cache for _, term in members], [term.tokens for _, term in members]
-            return first.next_token_logits(caches, tokens, max_tokens=self.max_forward_tokens, victims=victims)
-        return self._packed([(term, term.tokens) for _, term in members]).next_token_logits(victims)
-
     def _packed(self, group: Sequence[tuple[Term, list[int]]]) -> PackedRows:
         """Rows of one LM, of one version or of several LoRAs on it."""
-        first = group[0][0].resident
+        first = group[0][0].expert
 
         def run(numbers: Sequence[int], counts: Sequence[int], done: Sequence[int] | None) -> Tensor:
             batch = first.adapter.batch(first.pool, [group[number][0].cache for number in numbers], counts)
-            adapters = [group[number][0].resident.adapter for number in numbers]
+            adapters = [group[number][0].expert.adapter for number in numbers]
             loras = [adapter for adapter in adapters if isinstance(adapter, LoraLM)]
             if len(loras) < len(adapters):
                 return first.adapter.forward(batch, done)
             return forward_together(loras, batch, done)
 
-        rows = [PackedRow(term.cache, term.resident.prefix, tokens) for term, tokens in group]
+        rows = [PackedRow(term.cache, term.expert.prefix, tokens) for term, tokens in group]
         return PackedRows(first.pool, rows, run, self.max_forward_tokens)
 
 
@@ -200,4 +193,4 @@ def _by_version(members: Sequence[T], version_of: Callable[[T], VersionId]) -> d
 def _fail(members: Sequence[Member], reason: str) -> None:
     for row, term in members:
         row.error = reason
-        term.resident.pool.discard(term.cache)
+        term.expert.pool.discard(term.cache)

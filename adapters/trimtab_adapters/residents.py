@@ -8,14 +8,13 @@ a pointer into a dictionary, between two steps. Retire takes it out; the memory 
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trimtab_adapters.adapter_lm import Backend, PackedLM, UncheckedAdapterLM, UncheckedLM, read_adapter_lm
 from trimtab_adapters.background import in_background
@@ -32,8 +31,8 @@ from trimtab_adapters.contract.errors import (
 )
 from trimtab_adapters.contract.manifest import Manifest, read_manifest
 from trimtab_adapters.contract.params import VersionId
-from trimtab_adapters.kv_pool import BLOCK_SIZE, KvBudget, KvGeometry, KvPool, PoolExhaustedError, SequenceCache
-from trimtab_adapters.packed_rows import PackedRow, PackedRows
+from trimtab_adapters.expert import Expert
+from trimtab_adapters.kv_pool import BLOCK_SIZE, KvBudget, KvGeometry, KvPool, PoolExhaustedError
 from trimtab_adapters.trunks import Trunks
 from trimtab_adapters.weight_budget import Reservation, WeightBudget, added_bytes
 
@@ -58,56 +57,20 @@ class BaseModel:
     max_model_len: int
 
 
-@dataclass(slots=True)
-class Activity:
-    """What a version did since it was loaded: `VersionActivity` without the cache."""
-
-    steps: int = 0
-    step_seconds: float = 0.0
-    rows: int = 0
-
-    def add(self, rows: int, seconds: float) -> None:
-        """One pass over so many rows."""
-        self.steps += 1
-        self.rows += rows
-        self.step_seconds += seconds
-
-
-class ResidentVersion:
+class ResidentVersion(Expert):
     """A loaded adapter version with its share of a KV pool."""
 
     def __init__(self, manifest: Manifest, adapter: PackedLM, pool: KvPool, base: BaseModel) -> None:
+        super().__init__(
+            manifest.version_id,
+            adapter,
+            pool,
+            prefix=manifest.prefix_token_ids,
+            num_known=min(adapter.num_logits, base.vocab_size, base.num_tokens),
+            cache_root=bytes.fromhex(manifest.digest),
+        )
         self.manifest = manifest
-        self.version: VersionId = manifest.version_id
-        self.adapter = adapter
-        self.pool = pool
-        self.prefix = list(manifest.prefix_token_ids)
-        self.num_known = min(adapter.num_logits, base.vocab_size, base.num_tokens)
-        self.cache_root = bytes.fromhex(manifest.digest)
-        self.num_rows = 0
-        self.is_usable = True
         self.reservation: Reservation | None = None
-        self.activity = Activity()
-
-    def next_token_logits(
-        self,
-        caches: Sequence[SequenceCache],
-        token_ids: Sequence[list[int]],
-        *,
-        max_tokens: int,
-        victims: Sequence[SequenceCache] = (),
-    ) -> Tensor:
-        """`PackedRows.next_token_logits` of rows that this version steers, `[rows, A]`; `max_tokens` in one pass.
-
-        Raises:
-            PoolExhaustedError: Not even one row alone fits; caches of the rows named may be partly advanced.
-        """
-
-        def run(numbers: Sequence[int], counts: Sequence[int], done: Sequence[int] | None) -> Tensor:
-            return self.adapter.forward(self.adapter.batch(self.pool, [caches[n] for n in numbers], counts), done)
-
-        rows = [PackedRow(cache, self.prefix, ids) for cache, ids in zip(caches, token_ids, strict=True)]
-        return PackedRows(self.pool, rows, run, max_tokens).next_token_logits(victims)
 
     def describe(self, state: str = "committed") -> LoadedVersion:
         """For status reports."""

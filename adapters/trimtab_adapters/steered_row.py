@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trimtab_adapters.contract.params import SteeringParams
+from trimtab_adapters.expert import Expert
 from trimtab_adapters.kv_pool import SequenceCache
-from trimtab_adapters.residents import ResidentVersion
 
 
 @dataclass(slots=True, eq=False)
@@ -13,14 +13,14 @@ class Term:
     """One model's part in the steering of a row.
 
     Attributes:
-        resident: The model.
+        expert: The model.
         alpha: Its weight, before any schedule.
         cache: Its keys and values for this row.
         tokens: What it reads after its own prefix: the row's own tokens, or those of another prompt with the row's
             output.
     """
 
-    resident: ResidentVersion
+    expert: Expert
     alpha: float
     cache: SequenceCache
     tokens: list[int]

@@ -18,8 +18,8 @@ from trimtab_adapters import mixing, operators
 from trimtab_adapters.adapter_passes import MAX_FORWARD_TOKENS, AdapterPasses, LogprobTable, gather_rows
 from trimtab_adapters.contract.errors import AdapterError
 from trimtab_adapters.contract.params import Guidance, SteeringParams, VersionId
+from trimtab_adapters.expert import Expert
 from trimtab_adapters.kv_pool import PoolExhaustedError, SequenceCache
-from trimtab_adapters.residents import ResidentVersion
 from trimtab_adapters.steered_row import SteeredRow, Term
 
 __all__ = ["SteeredRow", "SteeringCore", "StepResult"]
@@ -66,7 +66,7 @@ class SteeringCore:
     """Steers rows with the versions that are resident.
 
     Args:
-        residents: Committed versions by id; shared with whoever loads and retires them.
+        experts: Committed versions by id; shared with whoever loads and retires them.
         vocab_size: V, width of the base model's logits.
         max_forward_tokens: Bound on the tokens of one packed pass.
         base_expert: The base model as an expert under another prompt; raises `AdapterError` where it cannot be one.
@@ -74,13 +74,13 @@ class SteeringCore:
 
     def __init__(
         self,
-        residents: Mapping[VersionId, ResidentVersion],
+        experts: Mapping[VersionId, Expert],
         *,
         vocab_size: int,
         max_forward_tokens: int = MAX_FORWARD_TOKENS,
-        base_expert: Callable[[], ResidentVersion] | None = None,
+        base_expert: Callable[[], Expert] | None = None,
     ) -> None:
-        self.residents = residents
+        self.experts = experts
         self.base_expert = base_expert
         self.passes = AdapterPasses(vocab_size=vocab_size, max_forward_tokens=max_forward_tokens)
         self.num_steps = 0
@@ -110,12 +110,12 @@ class SteeringCore:
             row.error = "steering needs prompt token ids; prompt embeddings have none"
         row.append(output_token_ids)
         for weight in params.active:
-            resident = self.residents.get(weight.version)
-            if resident is None or not resident.is_usable:
+            expert = self.experts.get(weight.version)
+            if expert is None or not expert.is_usable:
                 row.error = row.error or f"adapter version {weight.version} is not loaded in this engine"
                 break
-            resident.num_rows += 1
-            row.terms.append(Term(resident, weight.alpha, SequenceCache(root=resident.cache_root), row.tokens))
+            expert.num_rows += 1
+            row.terms.append(Term(expert, weight.alpha, SequenceCache(root=expert.cache_root), row.tokens))
         if params.guidance is not None and params.guidance.scale != 1.0 and row.error is None:
             self._guide(row, params.guidance)
         self._open[id(row)] = row
@@ -137,8 +137,8 @@ class SteeringCore:
         """Let go of what a row holds; it may be opened again with the same tokens at little cost."""
         self._open.pop(id(row), None)
         for term in row.all_terms:
-            term.resident.pool.release(term.cache)
-            term.resident.num_rows -= 1
+            term.expert.pool.release(term.cache)
+            term.expert.num_rows -= 1
         row.terms.clear()
         row.guidance = None
 
@@ -216,7 +216,7 @@ def _release(row: SteeredRow) -> None:
     """Give the blocks of a row back that nothing will act on again. It keeps its versions to its last token."""
     for term in row.all_terms:
         if term.cache.tokens:
-            term.resident.pool.release(term.cache)
+            term.expert.pool.release(term.cache)
 
 
 def _terms(
@@ -253,7 +253,7 @@ def _terms(
 
 def _place(row: SteeredRow, term: Term, tables: Mapping[VersionId, LogprobTable]) -> tuple[VersionId, int]:
     """Where the log-probabilities of a row's term are."""
-    version = term.resident.version
+    version = term.expert.version
     return version, tables[version].places[id(row)]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from schedule_job import Job
 from trimtab_adapters.kv_pool import BLOCK_SIZE, KvPool
-from trimtab_adapters.residents import ResidentVersion
+from trimtab_adapters.expert import Expert
 from trimtab_adapters.steering import SteeredRow, StepResult
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
 
@@ -27,10 +27,10 @@ def check_accounting(processor: SteeringProcessor, batch: Sequence[Job], committ
     assert sorted(row.params.uid for row in rows) == sorted(job.uid for job in batch if job.terms)
     assert set(residents.committed) == set(committed)
     held: dict[KvPool, Counter[int]] = {pool: Counter() for pool in residents._pools.values()}
-    holders: Counter[ResidentVersion] = Counter()
+    holders: Counter[Expert] = Counter()
     for row in rows:
         for term in row.terms:
-            resident, cache = term.resident, term.cache
+            resident, cache = term.expert, term.cache
             assert resident.pool in held, "a pool was given up while a row used it"
             held[resident.pool].update(cache.blocks)
             holders[resident] += 1
@@ -74,7 +74,7 @@ def check_read_ahead(processor: SteeringProcessor, batch: Sequence[Job]) -> int:
     for index, occupant in processor._occupants.items():
         job = batch[index]
         for term in occupant.row.terms if job.num_chunks else ():
-            num_read = len(term.cache.tokens) - len(term.resident.prefix)
+            num_read = len(term.cache.tokens) - len(term.expert.prefix)
             limit = job.num_computed if processor.computed is not None else 0
             assert num_read <= limit, "an adapter LM is ahead of the base"
             num_tokens += max(num_read, 0)

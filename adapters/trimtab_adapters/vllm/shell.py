@@ -16,9 +16,9 @@ from vllm import SamplingParams
 from vllm.v1.outputs import LogprobsTensors
 
 from trimtab_adapters.adapter_lm import PackedLM
-from trimtab_adapters.base_expert import BaseExpert
 from trimtab_adapters.contract.errors import AdapterError, InvalidRequestError
 from trimtab_adapters.contract.params import FAILED_LOGPROB, SteeringParams
+from trimtab_adapters.expert import Expert, base_expert
 from trimtab_adapters.kv_pool import KvPool
 from trimtab_adapters.record_buffer import RecordBuffer
 from trimtab_adapters.residents import Residents
@@ -48,7 +48,7 @@ class SteeringShell:
         self.boot_id = uuid.uuid4().hex
         self.residents = residents
         self.base_lm: PackedLM | AdapterError = AdapterError(NOT_ATTACHED)
-        self._base_expert: BaseExpert | None = None
+        self._base_expert: Expert | None = None
         residents.reclaim = self.drop_base_expert
         self.core = SteeringCore(
             residents.committed, vocab_size=residents.base.vocab_size, base_expert=self.base_expert
@@ -56,7 +56,7 @@ class SteeringShell:
         self.records = RecordBuffer()
         self.result: StepResult | None = None
 
-    def base_expert(self) -> BaseExpert:
+    def base_expert(self) -> Expert:
         """The base model as an expert under another prompt. Its blocks are taken with the first request for it.
 
         Raises:
@@ -69,7 +69,7 @@ class SteeringShell:
             geometry, budget = self.base_lm.geometry, self.residents.budget
             # Few to begin with: a base's blocks are large, and it grows by doubling.
             pool = KvPool(geometry, budget, self.base_lm.device, min_blocks=4)
-            self._base_expert = BaseExpert(self.base_lm, pool, self.residents.base)
+            self._base_expert = base_expert(self.base_lm, pool, vocab_size=self.residents.base.vocab_size)
         return self._base_expert
 
     def drop_base_expert(self) -> bool:

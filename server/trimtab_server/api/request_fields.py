@@ -195,9 +195,9 @@ class GenerationBody(BaseModel):
         """The engine's body without prompt and seed."""
 
     @property
+    @abstractmethod
     def wants_logprobs(self) -> bool:
         """Whether the caller asked for log-probabilities."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:

@@ -15,6 +15,7 @@ from tiny_models import TinyModels
 from trimtab_adapters import mixing
 from trimtab_adapters.attention import PagedBatch
 from trimtab_adapters.contract.params import FAILED_LOGPROB
+from trimtab_adapters.packed_rows import PackedRows
 from trimtab_adapters.residents import Residents, ResidentVersion
 from trimtab_adapters.vllm import processor_v1
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
@@ -80,21 +81,21 @@ def nan_pass(desk: Desk, version: str, token: int | None = None) -> Iterator[Non
     """A weight is NaN for a while: so are keys, values and logits of all rows, or of those that hold a token."""
 
     def wrap(plain: Any) -> Any:
-        def next_token_logits(caches: Any, token_ids: Any, **options: Any) -> Tensor:
-            logits: Tensor = plain(caches, token_ids, **options).clone()
-            pool = resident_of(desk, version).pool
-            storage = [item for value in vars(pool).values() if isinstance(value, list) for item in value]
-            for row, (cache, tokens) in enumerate(zip(caches, token_ids, strict=True)):
-                if token is None or token in tokens:
-                    logits[row] = math.nan
+        def next_token_logits(packed: PackedRows, victims: Any = ()) -> Tensor:
+            logits: Tensor = plain(packed, victims).clone()
+            resident = resident_of(desk, version)
+            storage = [item for value in vars(resident.pool).values() if isinstance(value, list) for item in value]
+            for place, row in enumerate(packed._rows):
+                if row.cache.root == resident.cache_root and (token is None or token in row.tokens):
+                    logits[place] = math.nan
                     for tensor in storage:
                         if isinstance(tensor, Tensor):
-                            tensor[cache.blocks] = math.nan
+                            tensor[row.cache.blocks] = math.nan
             return logits
 
         return next_token_logits
 
-    with faulty(resident_of(desk, version), "next_token_logits", wrap):
+    with faulty(PackedRows, "next_token_logits", wrap):
         yield
 
 

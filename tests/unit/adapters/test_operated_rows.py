@@ -11,8 +11,8 @@ from torch import Tensor
 from steering_reference import VOCAB_SIZE, Reference, load
 from tiny_models import TinyModels
 from trimtab_adapters.adapter_lm import load_adapter_lm
-from trimtab_adapters.base_expert import BaseExpert
 from trimtab_adapters.contract.params import AdapterWeight, Guidance, SteeringOperators, SteeringParams
+from trimtab_adapters.expert import Expert, base_expert
 from trimtab_adapters.kv_pool import KvPool
 from trimtab_adapters.record_buffer import RecordBuffer
 from trimtab_adapters.residents import Residents
@@ -33,13 +33,13 @@ def with_base(tiny_models: TinyModels, reference: Reference) -> Reference:
 
 
 @pytest.fixture
-def expert(residents: Residents, tiny_models: TinyModels) -> BaseExpert:
+def expert(residents: Residents, tiny_models: TinyModels) -> Expert:
     lm = load_adapter_lm(tiny_models.base, torch.device("cpu"), dtype=torch.float32)
-    return BaseExpert(lm, KvPool(lm.geometry, residents.budget, lm.device), residents.base)
+    return base_expert(lm, KvPool(lm.geometry, residents.budget, lm.device), vocab_size=VOCAB_SIZE)
 
 
 @pytest.fixture
-def core(residents: Residents, expert: BaseExpert) -> SteeringCore:
+def core(residents: Residents, expert: Expert) -> SteeringCore:
     return SteeringCore(residents.committed, vocab_size=VOCAB_SIZE, max_forward_tokens=64, base_expert=lambda: expert)
 
 
@@ -92,7 +92,7 @@ def test_outside_its_schedule_a_row_is_the_base_bit_for_bit_and_no_adapter_runs(
 
 
 def test_guided_rows_read_the_negative_prompt_and_their_own_output(
-    core: SteeringCore, residents: Residents, tiny_models: TinyModels, with_base: Reference, expert: BaseExpert
+    core: SteeringCore, residents: Residents, tiny_models: TinyModels, with_base: Reference, expert: Expert
 ) -> None:
     version = load(residents, tiny_models.other)
     negative = [9, 8, 7, 6, 5, 4, 3, 2, 1] * 4
@@ -155,9 +155,7 @@ def test_guidance_keeps_to_the_schedule_and_out_of_the_adapters_record(
     assert record.negative_logprobs == pytest.approx([float(against[6])], abs=TOLERANCE)
 
 
-def test_a_guided_row_that_comes_back_reads_the_same(
-    core: SteeringCore, with_base: Reference, expert: BaseExpert
-) -> None:
+def test_a_guided_row_that_comes_back_reads_the_same(core: SteeringCore, with_base: Reference, expert: Expert) -> None:
     params = ask("u", guidance=Guidance(token_ids=[3, 2, 1], scale=3.0))
     row = core.open(params, [1, 2], [5, 6])
     assert row.guidance is not None

@@ -193,7 +193,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     def holders(self, expert: Expert) -> list[SteeredRow]:
         """Open rows that hold a version."""
         return [
-            row for row in open_rows(self.processor) if expert.version in [term.resident.version for term in row.terms]
+            row for row in open_rows(self.processor) if expert.version in [term.expert.version for term in row.terms]
         ]
 
     # Requests
@@ -403,7 +403,7 @@ class ScheduleMachine(RuleBasedStateMachine):
             elif not job.has_error:
                 assert "out of adapter KV cache" in row.error
                 needs = [expert.num_blocks(job.num_tokens) for expert, _ in job.terms]
-                rooms = [term.resident.pool.capacity_tokens // BLOCK_SIZE for term in row.terms]
+                rooms = [term.expert.pool.capacity_tokens // BLOCK_SIZE for term in row.terms]
                 assert any(need > room for need, room in zip(needs, rooms, strict=True)), "there is room for it"
                 self.tally.events["out of cache"] += 1
             job.has_error = job.has_failed = True
