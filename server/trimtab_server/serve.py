@@ -21,6 +21,7 @@ from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.app import create_app
 from trimtab_server.decoding.best_of_n import BestOfN
 from trimtab_server.decoding.reference import ReferenceCalibrators
+from trimtab_server.decoding.scoring import CalibratedScoring
 from trimtab_server.engine.residency import Residency
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
@@ -129,7 +130,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         residency=residency,
         catalog=catalog,
         rollout_log=rollout_log,
-        selector=BestOfN(rewards, calibrators),
+        selector=BestOfN(CalibratedScoring(rewards, calibrators)),
         routers=[build_admin_router(admin)],
         background=[*background, residency.keep_converged],
         on_stop=[rollout_log.aclose, close_database],

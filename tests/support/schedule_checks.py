@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from schedule_job import Job
-from trimtab_adapters.kv_pool import BLOCK_SIZE, KvPool
 from trimtab_adapters.expert import Expert
+from trimtab_adapters.kv_pool import BLOCK_SIZE, KvPool
 from trimtab_adapters.steering import SteeredRow, StepResult
 from trimtab_adapters.vllm.processor_v1 import SteeringProcessor
 

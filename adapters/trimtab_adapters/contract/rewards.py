@@ -45,6 +45,36 @@ class RewardModel(Protocol):
         ...
 
 
+Combine = Literal["mean", "min", "product"]
+"""How several calibrated rewards become one: a trade-off, the worst of them, or all must hold."""
+
+
+class RewardMix(BaseModel):
+    """Several rewards as one. Each is calibrated, they are combined, and the combination is calibrated again.
+
+    Calibration puts them on one scale, so that weights mean the same whatever the units of the rewards.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    combine: Combine = "mean"
+    weights: dict[str, float] = Field(min_length=1)
+    """Weight of each reward, by name; positive. `min` and `product` take no notice of them."""
+
+    @property
+    def name(self) -> str:
+        """The mix written out; the same for the same mix, whatever the order or the sum of the weights."""
+        total = math.fsum(self.weights.values())
+        terms = [(name, weight / total) for name, weight in sorted(self.weights.items())]
+        if self.combine == "mean":
+            return "+".join(f"{weight:.6g}*{name}" for name, weight in terms)
+        return f"{self.combine}({','.join(name for name, _ in terms)})"
+
+
+RewardChoice = str | RewardMix
+"""What a request's `reward` may be: the name of a registered reward, or a mix."""
+
+
 class RewardSpec(BaseModel):
     """How a reward is built, as the admin API and configuration write it."""
 

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.records import RewardValue
-from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.decoding.candidates import ReferenceDraw, Selection
-from trimtab_server.decoding.reference import ReferenceCalibrators
+from trimtab_server.decoding.scoring import CalibrationChoice, Scoring
 from trimtab_server.engine.base import Candidate
-from trimtab_server.rewards.registry import RewardRegistry
 
 
 class BestOfN:
@@ -20,13 +18,11 @@ class BestOfN:
     raw reward decides, then the mean log-probability, then the order of generation.
 
     Args:
-        registry: Finds rewards by name.
-        calibrators: Finds or makes calibrators.
+        scoring: Scores candidates.
     """
 
-    def __init__(self, registry: RewardRegistry, calibrators: ReferenceCalibrators) -> None:
-        self._registry = registry
-        self._calibrators = calibrators
+    def __init__(self, scoring: Scoring) -> None:
+        self._scoring = scoring
 
     async def select(
         self,
@@ -51,48 +47,19 @@ class BestOfN:
             raise InvalidRequestError(f"n must be between 1 and best_of ({len(candidates)})", param="n")
         rewards: Sequence[RewardValue | None] = [None] * len(candidates)
         if reward is not None:
-            rewards = await self._score(reward, prompt, prompt_token_ids, candidates, draw_reference, calibration_size)
+            scorer = await self._scoring.for_prompt(
+                reward,
+                calibration=CalibrationChoice(size=calibration_size),
+                prompt=prompt,
+                prompt_token_ids=prompt_token_ids,
+                draw_reference=draw_reference,
+            )
+            rewards = await scorer.score([candidate.text for candidate in candidates])
         ranked = sorted(zip(candidates, rewards, strict=True), key=_worst_last)
         return [
             Selection(candidate=candidate, reward=value, rank=rank, num_candidates=len(candidates))
             for rank, (candidate, value) in enumerate(ranked)
         ]
-
-    async def _score(
-        self,
-        name: str,
-        prompt: str,
-        prompt_token_ids: Sequence[int],
-        candidates: Sequence[Candidate],
-        draw_reference: ReferenceDraw,
-        calibration_size: int | None,
-    ) -> list[RewardValue]:
-        # Asked for once: candidates and reference rollouts must be scored by the same version.
-        reward = await self._registry.batched(name)
-        raw = await reward.score([RewardInput(prompt=prompt, output=candidate.text) for candidate in candidates])
-        if calibration_size == 0:
-            return [RewardValue(name=reward.name, version=reward.version, raw=r) for r in raw]
-        calibrator = await self._calibrators.get(
-            prompt=prompt,
-            prompt_token_ids=prompt_token_ids,
-            reward=reward,
-            draw_reference=draw_reference,
-            size=calibration_size,
-        )
-        values = []
-        for r in raw:
-            calibrated = calibrator.calibrate(r)
-            values.append(
-                RewardValue(
-                    name=reward.name,
-                    version=reward.version,
-                    raw=r,
-                    calibrated=calibrated,
-                    calibration_size=calibrator.size,
-                    calibration_error=calibrator.standard_error(calibrated),
-                )
-            )
-        return values
 
 
 def _worst_last(scored: tuple[Candidate, RewardValue | None]) -> tuple[float, float, float, int]:

@@ -11,7 +11,7 @@ from trimtab_adapters.contract.calibration import EmpiricalCalibrator, prompt_ke
 from trimtab_adapters.contract.errors import EngineError, InvalidRequestError, StorageError
 from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.decoding.candidates import ReferenceDraw
-from trimtab_server.rewards.batching import BatchedReward
+from trimtab_server.rewards.resolved import AsyncReward
 from trimtab_server.storage.base import CalibratorStore
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class ReferenceCalibrators:
         *,
         prompt: str,
         prompt_token_ids: Sequence[int],
-        reward: BatchedReward,
+        reward: AsyncReward,
         draw_reference: ReferenceDraw,
         size: int | None = None,
     ) -> EmpiricalCalibrator:
@@ -148,7 +148,7 @@ class ReferenceCalibrators:
             del self._fits[key]
 
     async def _fit(
-        self, key: CalibratorKey, prompt: str, reward: BatchedReward, draw_reference: ReferenceDraw, size: int
+        self, key: CalibratorKey, prompt: str, reward: AsyncReward, draw_reference: ReferenceDraw, size: int
     ) -> EmpiricalCalibrator:
         known = await self._memory.get(key.prompt_key, key.reward, key.reference)
         if known is None:

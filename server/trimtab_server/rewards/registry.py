@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import ValidationError
 
 from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError, RewardError
-from trimtab_adapters.contract.rewards import RewardModel, RewardSpec
+from trimtab_adapters.contract.rewards import RewardChoice, RewardMix, RewardModel, RewardSpec
 from trimtab_server.rewards.batching import BatchedReward
 from trimtab_server.rewards.callable import CallableReward, EntryPointLookup, installed_entry_points
 from trimtab_server.rewards.classifier import ClassifierReward
+from trimtab_server.rewards.resolved import ResolvedReward
 from trimtab_server.storage.base import RewardSpecs
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,18 @@ class RewardRegistry:
                 ) from exc
             self._built[name] = (spec, built)
             return built
+
+    async def resolve(self, choice: RewardChoice) -> ResolvedReward:
+        """One version of each reward that a choice names.
+
+        Raises:
+            NotFoundError: Nothing of a name is registered or installed.
+            RewardError: One is registered but cannot be loaded here.
+        """
+        if isinstance(choice, RewardMix):
+            raise InvalidRequestError("several rewards cannot be combined yet", param="reward")
+        reward = await self.batched(choice)
+        return ResolvedReward(name=reward.name, version=reward.version, parts=(reward,))
 
     async def list(self) -> Sequence[RewardSpec]:
         """All rewards that can be named, registered or installed, in the order of their names."""

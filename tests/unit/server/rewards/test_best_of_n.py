@@ -13,6 +13,7 @@ from trimtab_adapters.contract.rewards import RewardInput, RewardModel, RewardSp
 from trimtab_server.decoding.best_of_n import BestOfN
 from trimtab_server.decoding.candidates import Selection, Selector
 from trimtab_server.decoding.reference import MemoryCalibratorStore, ReferenceCalibrators
+from trimtab_server.decoding.scoring import CalibratedScoring
 from trimtab_server.engine.base import Candidate
 from trimtab_server.rewards.callable import CallableReward
 from trimtab_server.rewards.registry import RewardRegistry
@@ -52,7 +53,7 @@ def selector(length: LengthReward) -> Selector:
         entry_points=no_entry_points,
         builders={"callable": length},
     )
-    return BestOfN(registry, ReferenceCalibrators(MemoryCalibratorStore(), default_size=4))
+    return BestOfN(CalibratedScoring(registry, ReferenceCalibrators(MemoryCalibratorStore(), default_size=4)))
 
 
 async def select(
