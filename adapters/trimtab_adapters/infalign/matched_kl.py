@@ -28,7 +28,15 @@ def optimum_at_kl(procedure: Procedure, kl: float) -> OptimalPolicy:
     Raises:
         ValueError: No β between 1e-6 and 1e6 spends this much or this little.
     """
-    return solve_optimal(procedure, _solve(lambda beta: solve_optimal(procedure, beta).kl, kl))
+    last: OptimalPolicy | None = None
+
+    def kl_of(beta: float) -> float:
+        # Policies of close β are close: each search starts where the one before ended.
+        nonlocal last
+        last = solve_optimal(procedure, beta, start=last.ranks if last is not None else None)
+        return last.kl
+
+    return solve_optimal(procedure, _solve(kl_of, kl))
 
 
 def _solve(kl_of: Callable[[float], float], kl: float) -> float:
@@ -45,4 +53,4 @@ def _solve(kl_of: Callable[[float], float], kl: float) -> float:
         high += math.log(4)
         if high > math.log(_BETA_RANGE[1]):
             raise ValueError(f"no tilt spends so little as a KL of {kl:g} nats")
-    return math.exp(brentq(excess, low, high, xtol=1e-12)) if low < high else 1.0
+    return math.exp(brentq(excess, low, high, xtol=1e-11)) if low < high else 1.0

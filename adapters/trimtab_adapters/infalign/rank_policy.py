@@ -35,7 +35,9 @@ class RankPolicy:
             raise ValueError("the weights of a policy must be finite and some of them positive")
         log_density = log_weights - largest - math.log(unit_grid().integral(np.exp(log_weights - largest)))
         density = np.exp(log_density)
-        return cls(log_density, density, np.clip(unit_grid().running_integral(density), 0.0, 1.0))
+        cdf = np.clip(unit_grid().running_integral(density), 0.0, 1.0)
+        # Where a density changes by orders of magnitude within a panel, the quadrature may fall back by 1e-10.
+        return cls(log_density, density, np.maximum.accumulate(cdf))
 
     @classmethod
     def from_density(cls, density: FloatArray) -> Self:
