@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from trimtab_server.decoding.abandoned_records import AbandonedRecords
-from trimtab_server.decoding.candidates import Selector
 from trimtab_server.decoding.explanations import Explainer
 from trimtab_server.decoding.generation import Generator
 from trimtab_server.decoding.guidance import GuidanceResolver
+from trimtab_server.decoding.scoring import Scoring
 from trimtab_server.decoding.token_texts import TokenTexts
 from trimtab_server.engine.base import Engine
 from trimtab_server.engine.residency import Residency
@@ -29,7 +29,7 @@ class GatewayParts:
         residency: Holds adapter versions in the engine.
         catalog: Adapters and routes.
         rollout_log: Where rollouts go.
-        selector: Ranks candidates.
+        scoring: Scores candidates.
         metrics: This application's own.
         routers: More routes, such as the admin API.
         background: Run from start to stop, such as the engine's supervisor and `residency.keep_converged`.
@@ -44,7 +44,7 @@ class GatewayParts:
     residency: Residency
     catalog: Catalog
     rollout_log: RolloutLog
-    selector: Selector
+    scoring: Scoring
     metrics: Metrics = field(default_factory=Metrics)
     routers: Sequence[APIRouter] = ()
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
@@ -66,7 +66,7 @@ class GatewayParts:
         return Generator(
             self.engine,
             self.residency,
-            self.selector,
+            self.scoring,
             self.rollout_log,
             self.settings.rollouts,
             explainer,

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from trimtab_adapters.contract.engine_api import EngineStatus
 from trimtab_server.adapter_metrics import EngineCollector, OutcomeMetrics
-from trimtab_server.decoding.generation import ChoiceDelta
+from trimtab_server.decoding.choice_delta import ChoiceDelta
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.decoding.usage import total_usage
 from trimtab_server.errors import error_answer

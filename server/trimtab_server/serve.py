@@ -19,7 +19,6 @@ from trimtab_adapters.contract.manifest import read_vocabulary, vocabulary_finge
 from trimtab_adapters.store import VersionStore
 from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.app import create_app
-from trimtab_server.decoding.best_of_n import BestOfN
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.decoding.scoring import CalibratedScoring
 from trimtab_server.engine.residency import Residency
@@ -130,7 +129,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         residency=residency,
         catalog=catalog,
         rollout_log=rollout_log,
-        selector=BestOfN(CalibratedScoring(rewards, calibrators)),
+        scoring=CalibratedScoring(rewards, calibrators),
         routers=[build_admin_router(admin)],
         background=[*background, residency.keep_converged],
         on_stop=[rollout_log.aclose, close_database],

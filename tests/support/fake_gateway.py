@@ -16,9 +16,11 @@ from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError,
 from trimtab_adapters.contract.manifest import FileEntry, Manifest
 from trimtab_adapters.contract.params import AdapterWeight, SteeringRequest
 from trimtab_adapters.contract.records import RewardValue, Rollout
+from trimtab_adapters.contract.rewards import RewardChoice
 from trimtab_server.app import GatewayParts, create_app
-from trimtab_server.decoding.candidates import ReferenceDraw, Selection
-from trimtab_server.engine.base import Candidate, Engine
+from trimtab_server.decoding.candidates import ReferenceDraw
+from trimtab_server.decoding.scoring import CalibrationChoice, PromptScorer
+from trimtab_server.engine.base import Engine
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.engine.residency import Residency
 from trimtab_server.settings import Settings
@@ -108,55 +110,67 @@ class MemoryRolloutLog:
 
 
 @dataclass
-class SimpleSelector:
-    """A `Selector` with plain functions as rewards, calibrated by the share of references that score lower or equal."""
+class SimpleScoring:
+    """`Scoring` with plain functions as rewards, calibrated by the share of references that score lower or equal.
+
+    References are drawn where a size is named, and 4 of them where nothing is said; `fixed` takes the place of drawn
+    ones.
+    """
 
     rewards: dict[str, Callable[[str, str], float]] = field(default_factory=dict)
+    fixed: list[float] | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
 
-    async def select(
+    async def for_prompt(
         self,
+        reward: RewardChoice,
         *,
+        calibration: CalibrationChoice,
         prompt: str,
         prompt_token_ids: Sequence[int],
-        candidates: Sequence[Candidate],
-        n: int,
-        reward: str | None,
         draw_reference: ReferenceDraw,
-        calibration_size: int | None,
-    ) -> list[Selection]:
-        self.calls.append(
-            {"prompt": prompt, "n": n, "reward": reward, "key": draw_reference.key, "size": calibration_size}
-        )
-        if reward is None:
-            ranked = sorted(candidates, key=lambda c: -c.mean_logprob)
-            return [Selection(c, None, i, len(ranked)) for i, c in enumerate(ranked)]
-        function = self.rewards.get(reward)
+    ) -> PromptScorer:
+        self.calls.append({"prompt": prompt, "reward": reward, "key": draw_reference.key, "size": calibration.size})
+        function = self.rewards.get(reward) if isinstance(reward, str) else None
         if function is None:
             raise NotFoundError(f"There is no reward {reward!r}", param="reward")
-        values = await self._values(function, prompt, candidates, draw_reference, calibration_size, reward)
-        order = sorted(range(len(candidates)), key=lambda i: -values[i].raw)
-        return [Selection(candidates[i], values[i], rank, len(order)) for rank, i in enumerate(order)]
+        return SimpleScorer(str(reward), function, prompt, draw_reference, calibration.size, self.fixed)
 
-    async def _values(
-        self,
-        function: Callable[[str, str], float],
-        prompt: str,
-        candidates: Sequence[Candidate],
-        draw_reference: ReferenceDraw,
-        size: int | None,
-        name: str,
-    ) -> list[RewardValue]:
-        references = await draw_reference(size) if size else []
-        known = [function(prompt, reference.text) for reference in references]
-        values = []
-        for candidate in candidates:
-            raw = function(prompt, candidate.text)
-            share = sum(value <= raw for value in known) / len(known) if known else None
-            values.append(
-                RewardValue(name=name, version="1", raw=raw, calibrated=share, calibration_size=len(known) or None)
-            )
-        return values
+
+@dataclass
+class SimpleScorer:
+    """The scorer of one prompt."""
+
+    name: str
+    function: Callable[[str, str], float]
+    prompt: str
+    draw_reference: ReferenceDraw
+    size: int | None
+    known: list[float] | None
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.size != 0 and (self.size is not None or self.known is not None)
+
+    @property
+    def is_incremental(self) -> bool:
+        return True
+
+    async def prepare(self) -> None:
+        if self.known is None and self.size:
+            references = await self.draw_reference(self.size)
+            self.known = [self.function(self.prompt, reference.text) for reference in references]
+
+    async def score(self, outputs: Sequence[str]) -> list[RewardValue]:
+        raw = [self.function(self.prompt, output) for output in outputs]
+        await self.prepare()
+        return [self._value(value, self.known if self.is_calibrated else None) for value in raw]
+
+    def _value(self, raw: float, known: list[float] | None) -> RewardValue:
+        share = sum(value <= raw for value in known) / len(known) if known else None
+        return RewardValue(
+            name=self.name, version="1", raw=raw, calibrated=share, calibration_size=len(known) if known else None
+        )
 
 
 def failing_reward(prompt: str, output: str) -> float:
@@ -171,7 +185,7 @@ class FakeGateway:
     engine: FakeEngine
     catalog: MemoryCatalog
     log: MemoryRolloutLog
-    selector: SimpleSelector
+    scoring: SimpleScoring
     residency: Residency
     parts: GatewayParts
 
@@ -185,7 +199,7 @@ def build_gateway(
 ) -> FakeGateway:
     """A gateway over `fake`, or over `engine` (such as a `VllmEngine`) with `fake` behind it."""
     fake = fake or FakeEngine()
-    catalog, log, selector = MemoryCatalog(), MemoryRolloutLog(), SimpleSelector()
+    catalog, log, scoring = MemoryCatalog(), MemoryRolloutLog(), SimpleScoring()
     residency = Residency(engine or fake, catalog)
     gateway_parts = GatewayParts(
         settings=Settings(model="base", **settings),
@@ -193,10 +207,10 @@ def build_gateway(
         residency=residency,
         catalog=catalog,
         rollout_log=log,
-        selector=selector,
+        scoring=scoring,
         **(parts or {}),
     )
-    return FakeGateway(create_app(gateway_parts), fake, catalog, log, selector, residency, gateway_parts)
+    return FakeGateway(create_app(gateway_parts), fake, catalog, log, scoring, residency, gateway_parts)
 
 
 @asynccontextmanager

@@ -108,7 +108,8 @@ class Rollout(BaseModel):
     flipped: list[bool] | None = None
     sampling: dict[str, Any] = Field(default_factory=dict)
     """temperature, top_p, top_k, seed, max_tokens, stop, ... as the engine was asked; `steering_operators`
-    (`SteeringOperators`) and `guidance` (`Guidance`) where these acted beside or instead of adapters."""
+    (`SteeringOperators`) and `guidance` (`Guidance`) where these acted beside or instead of adapters; `selection` where
+    the answer was put together from chosen pieces."""
 
     candidate_index: int = 0
     num_candidates: int = 1
@@ -121,4 +122,9 @@ class Rollout(BaseModel):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but base and adapters, weighted by their alphas at every token, made the distribution."""
-        return not self.sampling.keys() & {"steering_operators", "guidance"}
+        return not self.sampling.keys() & {"steering_operators", "guidance", "selection"}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it came to an end of its own; what a strategy stopped did not, and its text is no sample."""
+        return self.finish_reason != "abort"

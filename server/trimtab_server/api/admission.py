@@ -10,7 +10,9 @@ from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import Guidance
 from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.request_fields import GenerationBody
+from trimtab_server.api.selecting import check_selection, num_candidates_of, selection_of
 from trimtab_server.decoding.job import GenerationJob
+from trimtab_server.decoding.scoring import CalibrationChoice
 from trimtab_server.engine.base import Endpoint
 from trimtab_server.storage.base import ResolvedModel
 
@@ -40,14 +42,10 @@ def build_job(
     Raises:
         InvalidRequestError: The fields do not go together, or not with the route.
     """
-    num_candidates = _num_candidates(body, resolved)
-    asks_best_of = body.best_of is not None or resolved.best_of is not None
+    num_candidates = num_candidates_of(body, resolved)
     # A route's reward is for choosing; where there is nothing to choose, it is not worth its time.
     reward = body.reward or (resolved.reward if num_candidates > body.n else None)
-    if body.stream and body.reward is not None:
-        raise InvalidRequestError(
-            "Results cannot be streamed with 'reward': a reward judges whole answers.", param="stream"
-        )
+    selection = selection_of(body, resolved, num_candidates, reward)
     if body.calibration is not None and reward is None:
         raise InvalidRequestError("'calibration' needs a 'reward' to calibrate.", param="calibration")
     prompts = body.prompts()
@@ -68,9 +66,9 @@ def build_job(
         seed=body.seed,
         n=body.n,
         num_candidates=num_candidates,
-        is_ranked=not body.stream and (reward is not None or (asks_best_of and num_candidates > 1)),
-        reward=reward,
-        calibration_size=body.calibration.size if body.calibration is not None else None,
+        selection=selection,
+        reward=reward if selection is not None else None,
+        calibration=CalibrationChoice(size=body.calibration.size if body.calibration is not None else None),
         record=is_logging or body.steering_logprobs or num_alternatives is not None,
         steering_logprobs=body.steering_logprobs,
         guidance=guidance,
@@ -78,6 +76,7 @@ def build_job(
         metadata=metadata,
     )
     _check_steering(job, body)
+    check_selection(job)
     return job
 
 
@@ -91,25 +90,6 @@ def rollout_metadata(request: Request, body: GenerationBody) -> dict[str, Any]:
     if isinstance(body, ChatBody) and body.metadata:
         metadata["metadata"] = body.metadata
     return metadata
-
-
-def _num_candidates(body: GenerationBody, resolved: ResolvedModel) -> int:
-    if body.best_of is not None and body.best_of < body.n:
-        raise InvalidRequestError(
-            "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
-            f"(currently {body.n}) to be at most 'best_of' (currently {body.best_of}), or omit either parameter if "
-            "you don't specifically want to use them.)",
-            param="best_of",
-        )
-    num_candidates = body.best_of if body.best_of is not None else max(body.n, resolved.best_of or 1)
-    if body.stream and num_candidates > body.n:
-        source = "best_of" if body.best_of is not None else f"the route {resolved.model!r}, whose best_of"
-        raise InvalidRequestError(
-            f"Results cannot be streamed when more candidates are generated than returned: {source} is "
-            f"{num_candidates} and n is {body.n}. Set 'best_of' to {body.n} to stream.",
-            param="stream",
-        )
-    return num_candidates
 
 
 def _check_steering(job: GenerationJob, body: GenerationBody) -> None:

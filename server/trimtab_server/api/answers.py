@@ -13,24 +13,13 @@ from typing_extensions import override
 
 from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.completion_request import CompletionBody
+from trimtab_server.api.selection_report import candidate_object, selection_object
 from trimtab_server.api.steering_report import STEERING_HEADER, steering_header, steering_of
-from trimtab_server.decoding.candidates import Selection
-from trimtab_server.decoding.generation import ChoiceDelta
+from trimtab_server.decoding.choice_delta import ChoiceDelta
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.decoding.logprobs import steering_logprobs
 from trimtab_server.decoding.usage import plain_usage, total_usage
 from trimtab_server.engine.base import Candidate
-
-
-def selection_object(selection: Selection) -> dict[str, Any]:
-    """Why a choice was chosen."""
-    candidate = selection.candidate
-    return {
-        "reward": selection.reward.model_dump() if selection.reward is not None else None,
-        "mean_logprob": candidate.mean_logprob if candidate.token_logprobs else None,
-        "rank": selection.rank,
-        "num_candidates": selection.num_candidates,
-    }
 
 
 class Answer(ABC):
@@ -54,8 +43,9 @@ class Answer(ABC):
         choices = []
         for index, selection in result.choices():
             choice = {"index": index, **self._choice(selection.candidate, index // self._job.n)}
-            if self._job.is_ranked:
-                choice["selection"] = selection_object(selection)
+            if self._job.selection is not None:
+                outcome = result.prompts[index // self._job.n].outcome
+                choice["selection"] = selection_object(self._job.selection, selection, outcome)
             if self._job.steering_logprobs:
                 choice["steering_logprobs"] = steering_logprobs(selection.candidate)
             if self._job.explains:
@@ -66,6 +56,7 @@ class Answer(ABC):
             "choices": choices,
             "usage": total_usage(result.prompts),
             **self._beside_choices(result),
+            **self._candidates(result),
             **self._steering(),
         }
 
@@ -78,6 +69,8 @@ class Answer(ABC):
             choice["steering_logprobs"] = steering_logprobs(piece.candidate)
         if piece.explanation is not None:
             choice["explain"] = piece.explanation
+        if piece.selection is not None and self._job.selection is not None:
+            choice["selection"] = selection_object(self._job.selection, piece.selection, piece.outcome or {})
         chunk = {**self._head(self.chunk_object), "choices": [{"index": piece.index, **choice}]}
         if include_usage:
             usage = plain_usage(piece.num_prompt_tokens, piece.num_tokens)
@@ -94,11 +87,32 @@ class Answer(ABC):
             **self._head(self.chunk_object),
             "choices": [],
             "usage": total_usage(result.prompts),
+            **self._candidates(result),
             **self._steering(),
         }
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._job.id, "object": kind, "created": self._created, "model": self._job.resolved.model}
+
+    def _candidates(self, result: JobResult) -> dict[str, Any]:
+        """All candidates of all prompts and what was left out, where that was asked for."""
+        if self._job.selection is None or not self._job.selection.return_candidates:
+            return {}
+        listed = []
+        for prompt_index, prompt in enumerate(result.prompts):
+            for selection in prompt.selections:
+                candidate = selection.candidate
+                shown = self._choice(candidate, prompt_index)
+                listed.append(
+                    {
+                        "prompt_index": prompt_index,
+                        "index": candidate.index,
+                        **shown,
+                        "finish_reason": candidate.finish_reason,
+                        **candidate_object(selection, self._job.n),
+                    }
+                )
+        return {"candidates": listed}
 
     def _steering(self) -> dict[str, Any]:
         steering = steering_of(self._job)

@@ -14,12 +14,14 @@ from trimtab_server.api.answers import Answer
 from trimtab_server.api.json_body import read_json_object
 from trimtab_server.api.request_fields import GenerationBody
 from trimtab_server.api.validation import parse_body
-from trimtab_server.decoding.generation import Generator, JobStream
+from trimtab_server.decoding.generation import Generator
 from trimtab_server.decoding.job import GenerationJob
+from trimtab_server.decoding.job_stream import JobStream
+from trimtab_server.decoding.selection_stream import SelectionStream
 from trimtab_server.engine.base import Endpoint
 from trimtab_server.gateway import GatewayParts
 from trimtab_server.metrics import RequestTimer
-from trimtab_server.sse import DONE, ClientDisconnectedError, EventStreamResponse, event, until_disconnect
+from trimtab_server.sse import DONE, KEEP_ALIVE, ClientDisconnectedError, EventStreamResponse, event, until_disconnect
 
 B = TypeVar("B", bound=GenerationBody)
 T = TypeVar("T")
@@ -93,7 +95,8 @@ class _Serving:
 
     async def stream(self, answer: Answer) -> Response:
         """Wait for the first delta, so that an error before it has its own status, then stream."""
-        stream = self._generator.stream(self._job)
+        kind = JobStream if self._job.selection is None else SelectionStream
+        stream: JobStream | SelectionStream = kind(self._generator, self._job)
         try:
             await until_disconnect(self._receive, self._in_time(stream.start()))
         except BaseException:
@@ -108,9 +111,12 @@ class _Serving:
             self._events(stream, answer), on_end=on_end, deadline=self._deadline, headers=answer.headers()
         )
 
-    async def _events(self, stream: JobStream, answer: Answer) -> AsyncGenerator[bytes, None]:
+    async def _events(self, stream: JobStream | SelectionStream, answer: Answer) -> AsyncGenerator[bytes, None]:
         body = self._body
         async for piece in stream:
+            if piece is None:
+                yield KEEP_ALIVE
+                continue
             self._timer.piece(piece)
             chunk = answer.chunk(piece, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
             if chunk is not None:

@@ -8,10 +8,12 @@ import re
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import XARGS_KEY, SteeringRequest
+from trimtab_adapters.contract.selection import SelectionStrategy
+from trimtab_server.api.selection_field import parse_selection
 from trimtab_server.api.steering_field import parse_steering
 from trimtab_server.api.validation import type_name
 from trimtab_server.decoding.job import PromptInput
@@ -37,7 +39,16 @@ _REFUSED = {
 
 _OURS = {
     *("model", "prompt", "messages", "n", "best_of", "seed", "stream", "stream_options", "user", "request_id", "echo"),
-    *("steering", "steering_logprobs", "reward", "calibration", "logprobs", "top_logprobs", "return_token_ids"),
+    *(
+        "steering",
+        "steering_logprobs",
+        "reward",
+        "calibration",
+        "selection",
+        "logprobs",
+        "top_logprobs",
+        "return_token_ids",
+    ),
     *("use_beam_search", "length_penalty", "return_token_offsets", "stream_interval", "metadata", "store"),
     *("service_tier", "prompt_cache_key", "safety_identifier", "include_reasoning", "modalities"),
 }
@@ -171,6 +182,8 @@ class GenerationBody(BaseModel):
     reward: str | None = Field(default=None, min_length=1, max_length=128)
     """Name of a registered reward; all candidates are scored and the best are returned."""
     calibration: Calibration | None = None
+    selection: Annotated[SerializeAsAny[SelectionStrategy], BeforeValidator(parse_selection)] | None = None
+    """How choices are found among the candidates; by default the best of them."""
 
     @model_validator(mode="before")
     @classmethod

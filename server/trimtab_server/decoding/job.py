@@ -5,11 +5,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab_adapters.contract.params import AdapterWeight, Guidance, SteeringOperators, SteeringParams
-from trimtab_server.decoding.candidates import Selection
+from trimtab_adapters.contract.rewards import RewardChoice
+from trimtab_adapters.contract.selection import SelectionRequest
+from trimtab_server.decoding.candidates import LeftOut, Selection
+from trimtab_server.decoding.scoring import CalibrationChoice
 from trimtab_server.engine.base import Candidate, Endpoint, EngineRequest
 from trimtab_server.storage.base import ResolvedModel
 
 _SEED_SPAN = 2**64
+
+BLOCK_FIELDS = frozenset(
+    {
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids"),
+        *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
+        *("skip_special_tokens", "spaces_between_special_tokens", "return_tokens_as_token_ids"),
+        *("priority", "cache_salt", "session_id", "vllm_xargs", "watermarking"),
+    }
+)
+"""Fields of the engine's body that mean the same for a continuation as for the whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +51,9 @@ class GenerationJob:
         seed: Candidate i of every prompt gets seed + i, as in vLLM; None leaves it to the engine.
         n: Choices per prompt.
         num_candidates: Candidates per prompt, at least `n`.
-        is_ranked: Whether choices are the best candidates, or simply all of them in order.
-        reward: Name of the reward that ranks.
-        calibration_size: Reference rollouts per prompt; None means the selector's default.
+        selection: How choices are found among the candidates; None means that each candidate is a choice.
+        reward: What ranks.
+        calibration: How the reward is calibrated.
         record: Whether the engine shall record the steering.
         steering_logprobs: Whether the caller wants the recorded log-probabilities.
         guidance: The negative prompt of the steering as token ids, and its scale.
@@ -56,9 +69,9 @@ class GenerationJob:
     seed: int | None = None
     n: int = 1
     num_candidates: int = 1
-    is_ranked: bool = False
-    reward: str | None = None
-    calibration_size: int | None = None
+    selection: SelectionRequest | None = None
+    reward: RewardChoice | None = None
+    calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     record: bool = False
     steering_logprobs: bool = False
     guidance: Guidance | None = None
@@ -95,13 +108,54 @@ class GenerationJob:
         """Choices of the whole answer."""
         return len(self.prompts) * self.n
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of a candidate; None where the caller leaves it to the engine."""
+        limit: int | None = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        return limit
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether rewards are to be calibrated."""
+        return self.reward is not None and self.calibration.size != 0
+
     def request(self, prompt_index: int, candidate_index: int) -> EngineRequest:
         """The engine's request for one candidate."""
         uid = f"{self.id}-{prompt_index}-{candidate_index}"
-        body = {**self.body, **self.prompts[prompt_index].fields}
-        if self.seed is not None:
-            body["seed"] = (self.seed + candidate_index + _SEED_SPAN // 2) % _SEED_SPAN - _SEED_SPAN // 2
+        body = {**self.body, **self.prompts[prompt_index].fields, **self.seeded(candidate_index)}
         return EngineRequest(self.endpoint, body, self.steering(uid), uid)
+
+    def block_request(
+        self,
+        prompt_index: int,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        block: int,
+        number: int,
+        max_tokens: int,
+    ) -> EngineRequest:
+        """The engine's request for one continuation of an answer by at most `max_tokens` tokens.
+
+        Always a completion of token ids, so that nothing is tokenised again; a negative prompt grows with the answer.
+        """
+        uid = f"{self.id}-{prompt_index}-{block}-{number}"
+        body = {name: value for name, value in self.body.items() if name in BLOCK_FIELDS}
+        body |= {"prompt": prompt_token_ids + output_token_ids, "max_tokens": max_tokens, "return_token_ids": True}
+        body["logprobs"] = self.body["logprobs"] if self.endpoint == "completions" else 0
+        if body.get("min_tokens"):
+            body["min_tokens"] = min(max_tokens, max(0, body["min_tokens"] - len(output_token_ids)))
+        steering = self.steering(uid)
+        if steering is not None and steering.guidance is not None:
+            grown = steering.guidance.model_copy(update={"token_ids": steering.guidance.token_ids + output_token_ids})
+            steering = steering.model_copy(update={"guidance": grown})
+        body |= self.seeded(block * self.num_candidates + number)
+        return EngineRequest("completions", body, steering, uid)
+
+    def seeded(self, number: int) -> dict[str, int]:
+        """The seed of a numbered draw, as a field of the engine's body; nothing where the caller gave no seed."""
+        if self.seed is None:
+            return {}
+        return {"seed": (self.seed + number + _SEED_SPAN // 2) % _SEED_SPAN - _SEED_SPAN // 2}
 
     def steering(self, uid: str) -> SteeringParams | None:
         """What the engine is told about one candidate's steering; None when there is nothing to do or to record."""
@@ -127,10 +181,21 @@ class GenerationJob:
 
 @dataclass(slots=True)
 class PromptResult:
-    """All candidates of one prompt, best first where they are ranked, and the reference rollouts drawn for it."""
+    """All candidates of one prompt, best first where they are ranked, and what else was done for it.
+
+    Attributes:
+        selections: One per candidate; the first `n` are the choices.
+        references: Reference rollouts that were drawn for it.
+        outcome: What the strategy has to say, in the answer's form.
+        left_out: Candidates that failed and that the caller wants to do without.
+        discarded_tokens: Generated tokens that are in no candidate.
+    """
 
     selections: list[Selection]
     references: list[Candidate] = field(default_factory=list)
+    outcome: dict[str, Any] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+    discarded_tokens: int = 0
 
     @property
     def candidates(self) -> list[Candidate]:

@@ -8,8 +8,10 @@ from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.engine.base import Candidate
 
 
-def checked_record(candidate: Candidate, record: SteeringRecord | None) -> SteeringRecord:
-    """The record of a candidate that was steered or explained, cut to its tokens.
+def checked_record(
+    candidate: Candidate, record: SteeringRecord | None, num_tokens: int | None = None
+) -> SteeringRecord:
+    """The record of a candidate that was steered or explained, cut to its tokens, or to the first `num_tokens` of them.
 
     The engine may have sampled a few tokens more than the answer shows, when a stop string ended it. It can never have
     steered fewer, or others.
@@ -18,7 +20,7 @@ def checked_record(candidate: Candidate, record: SteeringRecord | None) -> Steer
         SteeringError: There is no record, it says that steering failed, or it is not of these tokens.
     """
     uid = candidate.steering.uid if candidate.steering is not None else ""
-    return cut_record(uid, candidate.token_ids, record)
+    return cut_record(uid, candidate.token_ids[:num_tokens], record)
 
 
 def cut_record(uid: str, token_ids: Sequence[int], record: SteeringRecord | None) -> SteeringRecord:
@@ -41,6 +43,33 @@ def cut_record(uid: str, token_ids: Sequence[int], record: SteeringRecord | None
             "kl": record.kl[:n],
             "flipped": record.flipped[:n],
             "alternatives": None if record.alternatives is None else record.alternatives[:n],
+        }
+    )
+
+
+def joined_records(uid: str, records: Sequence[SteeringRecord]) -> SteeringRecord:
+    """One record of pieces that follow each other, all steered alike. At least one."""
+    first = records[0]
+
+    def joined(name: str) -> list[Any] | None:
+        parts = [getattr(record, name) for record in records]
+        return None if parts[0] is None else [value for part in parts for value in part]
+
+    return first.model_copy(
+        update={
+            "uid": uid,
+            "num_tokens": sum(record.num_tokens for record in records),
+            "adapter_logprobs": [
+                [value for record in records for value in record.adapter_logprobs[i]]
+                for i in range(len(first.adapter_logprobs))
+            ],
+            **{
+                name: joined(name)
+                for name in (
+                    *("token_ids", "base_logprobs", "negative_logprobs", "steered_logprobs"),
+                    *("kl", "flipped", "alternatives"),
+                )
+            },
         }
     )
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from trimtab_adapters.contract.params import SteeringOperators
 from trimtab_adapters.contract.records import RewardValue, Rollout
+from trimtab_adapters.contract.selection import BestOfN, Blockwise
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.engine.base import Candidate
 
@@ -22,7 +23,7 @@ def rollouts_of(result: JobResult) -> list[Rollout]:
                     prompt_index,
                     selection.candidate,
                     is_chosen=selection.rank < job.n,
-                    num_candidates=job.num_candidates,
+                    num_candidates=selection.num_candidates,
                     reward=selection.reward,
                 )
             )
@@ -49,12 +50,16 @@ def _rollout(
         sampling["steering_operators"] = job.operators.model_dump(exclude_none=True)
     if job.active_guidance is not None:
         sampling["guidance"] = job.active_guidance.model_dump()
+    if isinstance(job.selection, Blockwise):
+        sampling["selection"] = job.selection.model_dump(exclude_none=True, exclude={"return_candidates", "stream"})
+    elif job.selection is not None and not isinstance(job.selection, BestOfN):
+        rollout.metadata["selection"] = job.selection.strategy
     return rollout.model_copy(
         update={
             "id": f"{job.id}-{prompt_index}-{candidate.index}",
             "endpoint": job.endpoint,
             "steering": list(job.resolved.steering),
-            "base_logprobs": record.base_logprobs if record else candidate.token_logprobs,
+            "base_logprobs": record.base_logprobs if record else None if job.is_steered else candidate.token_logprobs,
             "adapter_logprobs": record.adapter_logprobs if record else None,
             "steered_logprobs": record.steered_logprobs if record else candidate.token_logprobs,
             "kl": record.kl if record else None,

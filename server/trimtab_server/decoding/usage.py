@@ -1,6 +1,7 @@
 """Token accounting of a whole request, by OpenAI's rules.
 
-`completion_tokens` counts every candidate that was generated, chosen or not; `prompt_tokens` counts each prompt once.
+`completion_tokens` counts every candidate, chosen or not, and what was generated of those that were stopped;
+`prompt_tokens` counts each prompt once.
 Reference rollouts drawn to calibrate a reward were not asked for as an answer, so their generated tokens stand apart
 in `reference_tokens`, which is there only when some were drawn.
 """
@@ -16,7 +17,8 @@ def total_usage(prompts: Sequence[PromptResult]) -> dict[str, Any]:
     """OpenAI's usage object for all prompts of a request."""
     candidates = [candidate for prompt in prompts for candidate in prompt.candidates]
     firsts = [prompt.candidates[0] for prompt in prompts if prompt.candidates]
-    usage = plain_usage(_sum(firsts, "prompt_tokens"), _sum(candidates, "completion_tokens"))
+    discarded = sum(prompt.discarded_tokens for prompt in prompts)
+    usage = plain_usage(_sum(firsts, "prompt_tokens"), _sum(candidates, "completion_tokens") + discarded)
     if (cached := _details(firsts, "prompt_tokens_details", "cached_tokens")) is not None:
         usage["prompt_tokens_details"] = {"cached_tokens": cached}
     if (reasoning := _details(candidates, "completion_tokens_details", "reasoning_tokens")) is not None:

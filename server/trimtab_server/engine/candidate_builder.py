@@ -48,9 +48,16 @@ class CandidateBuilder:
             self._last = choice
             self._duration_s = time.perf_counter() - self._started
 
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return self._text[0] if self._text else ""
+
     def candidate(self) -> Candidate:
         """The candidate. Usage is counted from the ids where the engine sent none."""
-        text = "".join(self._text)
+        text = self.text
         choice: dict[str, Any] = {
             "index": 0,
             "logprobs": self._logprobs or None,

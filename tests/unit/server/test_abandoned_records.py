@@ -8,6 +8,7 @@ import pytest
 
 from fake_gateway import KIND, FakeGateway, asgi_client, build_gateway, failing_reward
 from trimtab_server.decoding.job import GenerationJob, PromptInput
+from trimtab_server.decoding.job_stream import JobStream
 from trimtab_server.engine.fake import FakeEngine, Fault
 
 pytestmark = pytest.mark.anyio
@@ -23,7 +24,7 @@ BODY: dict[str, Any] = {
 @pytest.fixture
 def gateway() -> FakeGateway:
     gateway = build_gateway()
-    gateway.selector.rewards["broken"] = failing_reward
+    gateway.scoring.rewards["broken"] = failing_reward
     gateway.parts.abandoned._delay_s = 0.0
     return gateway
 
@@ -64,7 +65,7 @@ async def test_of_a_stream_that_was_left_nothing_is_kept(gateway: FakeGateway) -
         body={"max_tokens": 2, "logprobs": 0, "return_token_ids": True},
         record=True,
     )
-    stream = gateway.parts.generator().stream(job)
+    stream = JobStream(gateway.parts.generator(), job)
     await stream.start()
     async for _ in stream:
         pass

@@ -108,13 +108,13 @@ async def test_chat_streams_as_it_answers_whole(client: httpx.AsyncClient) -> No
 
 
 async def test_best_of_is_an_extension_for_chat(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: float(len(output))
+    gateway.scoring.rewards["length"] = lambda prompt, output: float(len(output))
     data = await chat(client, model="kind", best_of=4, reward="length", max_tokens=2)
     assert len(data["choices"]) == 1
     assert data["choices"][0]["selection"]["num_candidates"] == 4
     assert data["steering"]["adapters"][0]["version"] == KIND
     assert data["usage"]["completion_tokens"] == 8
-    assert gateway.selector.calls[0]["prompt"] == "Be brief.\nHi"
+    assert gateway.scoring.calls[0]["prompt"] == "Be brief.\nHi"
 
 
 async def test_a_missing_chat_template_is_a_clear_400() -> None:

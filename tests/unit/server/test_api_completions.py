@@ -168,14 +168,14 @@ async def test_best_of_one_or_null_is_no_op(
     data = await complete(client, best_of=best_of)
     assert len(sent(gateway)) == 1
     assert "selection" not in data["choices"][0]
-    assert gateway.selector.calls == []
+    assert gateway.scoring.calls == []
 
 
 async def test_a_routes_best_of_and_reward_hold_where_the_body_is_silent(
     client: httpx.AsyncClient, gateway: FakeGateway
 ) -> None:
     gateway.catalog.add_route("chosen", best_of=4, reward="length")
-    gateway.selector.rewards["length"] = lambda prompt, output: float(len(output))
+    gateway.scoring.rewards["length"] = lambda prompt, output: float(len(output))
     data = await complete(client, model="chosen", seed=1)
     assert data["choices"][0]["selection"]["num_candidates"] == 4
     assert data["choices"][0]["selection"]["reward"]["name"] == "length"
@@ -184,7 +184,7 @@ async def test_a_routes_best_of_and_reward_hold_where_the_body_is_silent(
 
 
 async def test_reward_ranks_all_candidates_and_reports_them(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: float(len(output))
+    gateway.scoring.rewards["length"] = lambda prompt, output: float(len(output))
     everything = await complete(client, n=5, seed=1, max_tokens=3)
     longest = max((c["text"] for c in everything["choices"]), key=len)
     data = await complete(client, best_of=5, seed=1, max_tokens=3, reward="length", calibration={"size": 4})
@@ -192,25 +192,25 @@ async def test_reward_ranks_all_candidates_and_reports_them(client: httpx.AsyncC
     assert choice["text"] == longest
     assert choice["selection"]["reward"]["raw"] == len(longest)
     assert choice["selection"]["reward"]["calibration_size"] == 4
-    assert gateway.selector.calls[-1]["prompt"] == "Hi"
+    assert gateway.scoring.calls[-1]["prompt"] == "Hi"
     # 5 candidates of 3 tokens are the answer's; 4 reference rollouts of 3 tokens stand apart
     assert data["usage"] == {"prompt_tokens": 2, "completion_tokens": 15, "total_tokens": 17, "reference_tokens": 12}
 
 
 async def test_a_named_reward_scores_even_one_candidate(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: 7.0
+    gateway.scoring.rewards["length"] = lambda prompt, output: 7.0
     data = await complete(client, reward="length")
     assert data["choices"][0]["selection"]["reward"]["raw"] == 7.0
 
 
 async def test_reward_of_a_prompt_of_ids_sees_its_text(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: 0.0
+    gateway.scoring.rewards["length"] = lambda prompt, output: 0.0
     await complete(client, prompt=[72, 105], reward="length")
-    assert gateway.selector.calls[-1]["prompt"] == "Hi"
+    assert gateway.scoring.calls[-1]["prompt"] == "Hi"
 
 
 async def test_reference_rollouts_are_unsteered_and_unseeded(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: 0.0
+    gateway.scoring.rewards["length"] = lambda prompt, output: 0.0
     await complete(client, model="kind", reward="length", seed=9, temperature=0.5, calibration={"size": 3})
     steered, *references = sent(gateway)
     assert steered.steering is not None
@@ -224,10 +224,10 @@ async def test_reference_rollouts_are_unsteered_and_unseeded(client: httpx.Async
 async def test_reference_key_depends_on_sampling_and_not_on_seed_or_display(
     client: httpx.AsyncClient, gateway: FakeGateway
 ) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: 0.0
+    gateway.scoring.rewards["length"] = lambda prompt, output: 0.0
     for extra in ({"seed": 1}, {"seed": 2, "logprobs": 3, "model": "kind"}, {"temperature": 0.5}):
         await complete(client, reward="length", **extra)
-    first, second, third = [call["key"] for call in gateway.selector.calls]
+    first, second, third = [call["key"] for call in gateway.scoring.calls]
     assert first == second != third
 
 

@@ -296,7 +296,7 @@ async def test_a_steered_answer_without_its_record_is_withheld(drop: str) -> Non
 
 
 async def test_a_failing_reward_is_502_and_never_zero(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["down"] = failing_reward
+    gateway.scoring.rewards["down"] = failing_reward
     body = {"model": "base", "prompt": "Hi", "best_of": 2, "reward": "down"}
     response = await client.post("/v1/completions", json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (502, "reward_failed")

@@ -80,7 +80,7 @@ def value(text: str, series: str) -> float:
 async def test_metrics_count_tokens_candidates_latencies_and_errors(
     client: httpx.AsyncClient, gateway: FakeGateway
 ) -> None:
-    gateway.selector.rewards["flat"] = lambda prompt, output: 0.0
+    gateway.scoring.rewards["flat"] = lambda prompt, output: 0.0
     body = {"model": "kind", "prompt": ["Hi", "Yo"], "max_tokens": 3, "best_of": 2}
     await client.post("/v1/completions", json={**body, "reward": "flat", "calibration": {"size": 2}})
     await client.post("/v1/completions", json={"model": "kind", "prompt": "Hi", "max_tokens": 3, "stream": True})

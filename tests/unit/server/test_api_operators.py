@@ -123,7 +123,7 @@ async def test_a_negative_prompt_is_tokenised_once_and_like_the_prompt(
 async def test_reference_rollouts_of_a_guided_request_are_of_the_plain_base(
     client: httpx.AsyncClient, gateway: FakeGateway
 ) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: float(len(output))
+    gateway.scoring.rewards["length"] = lambda prompt, output: float(len(output))
     steering = {"negative_prompt": "Rude", "explain": True}
     await ask(client, steering=steering, reward="length", calibration={"size": 2})
     first, *references = gateway.engine.observed.requests

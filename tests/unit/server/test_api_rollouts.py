@@ -62,7 +62,7 @@ async def test_prompts_of_ids_are_logged_without_text(client: httpx.AsyncClient,
 
 
 async def test_rewards_and_reference_rollouts_are_logged(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
-    gateway.selector.rewards["length"] = lambda prompt, output: float(len(output))
+    gateway.scoring.rewards["length"] = lambda prompt, output: float(len(output))
     await complete(client, reward="length", calibration={"size": 3})
     candidate, *references = gateway.log.rollouts
     assert candidate.rewards[0].raw == len(candidate.output_text)

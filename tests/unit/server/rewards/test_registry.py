@@ -173,7 +173,7 @@ async def test_an_entry_point_whose_name_no_request_can_carry_is_left_out(caplog
 
 def test_importing_the_registry_and_the_selector_loads_no_torch() -> None:
     code = (
-        "import sys, trimtab_server.rewards.registry, trimtab_server.decoding.best_of_n; "
+        "import sys, trimtab_server.rewards.registry, trimtab_server.decoding.strategies; "
         "sys.exit(', '.join(m for m in ('torch', 'transformers', 'vllm') if m in sys.modules) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -1,0 +1,149 @@
+"""How a request's choices are found: what its fields, and those of its route, mean together."""
+
+from typing import Any, cast
+
+from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.rewards import RewardChoice
+from trimtab_adapters.contract.selection import (
+    DEFAULT_CAP,
+    Adaptive,
+    BestOfN,
+    Blockwise,
+    EarlyReject,
+    SelectionRequest,
+    SelectionStrategy,
+)
+from trimtab_server.api.request_fields import GenerationBody
+from trimtab_server.decoding.job import BLOCK_FIELDS, GenerationJob
+from trimtab_server.decoding.strategies.threshold import threshold_of
+from trimtab_server.storage.base import ResolvedModel
+
+_HARMLESS_IN_BLOCKS = {"max_tokens", "max_completion_tokens", "logprobs", "return_token_ids", "add_special_tokens"}
+_CHAT_RENDERING = {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
+
+
+def num_candidates_of(body: GenerationBody, resolved: ResolvedModel) -> int:
+    """Candidates per prompt, or the most there may be.
+
+    Raises:
+        InvalidRequestError: Fewer than choices.
+    """
+    if body.best_of is not None and body.best_of < body.n:
+        raise InvalidRequestError(
+            "You requested that the server return more choices than it will generate (HINT: you must set 'n' "
+            f"(currently {body.n}) to be at most 'best_of' (currently {body.best_of}), or omit either parameter if "
+            "you don't specifically want to use them.)",
+            param="best_of",
+        )
+    if body.best_of is not None:
+        return body.best_of
+    default = DEFAULT_CAP if body.selection is not None and body.selection.has_own_cap else 1
+    return max(body.n, resolved.best_of or default)
+
+
+def selection_of(
+    body: GenerationBody, resolved: ResolvedModel, num_candidates: int, reward: RewardChoice | None
+) -> SelectionRequest | None:
+    """The strategy; None where every candidate is a choice.
+
+    Raises:
+        InvalidRequestError: The strategy lacks something, or cannot be streamed.
+    """
+    given = body.selection
+    if given is not None:
+        _check_given(given, body, num_candidates, reward)
+    if body.stream and not isinstance(given, Blockwise) and (given is None or given.stream is None):
+        _check_stream(body, resolved, num_candidates)
+        return None
+    if given is not None:
+        return cast(SelectionRequest, given)
+    asks_best_of = body.best_of is not None or resolved.best_of is not None
+    return BestOfN() if reward is not None or (asks_best_of and num_candidates > 1) else None
+
+
+def check_selection(job: GenerationJob) -> None:
+    """What a strategy cannot do with the other fields of the request.
+
+    Raises:
+        InvalidRequestError: It is asked to.
+    """
+    selection = job.selection
+    if isinstance(selection, SelectionStrategy) and selection.needs_calibration and not job.calibrates:
+        raise InvalidRequestError(
+            f"The strategy {selection.strategy!r} needs calibrated rewards; 'calibration.size' must not be 0.",
+            param="calibration",
+        )
+    match selection:
+        case Adaptive():
+            try:
+                threshold_of(selection, job.num_candidates)
+            except ValueError as exc:
+                raise InvalidRequestError(f"Invalid 'selection': {exc}.", param="selection.target") from exc
+        case EarlyReject(checkpoints=None) if job.max_tokens is None:
+            raise InvalidRequestError(
+                "The strategy 'early_reject' needs 'selection.checkpoints' where there is no 'max_tokens'.",
+                param="selection.checkpoints",
+            )
+        case EarlyReject(checkpoints=list() as checkpoints) if checkpoints[-1] >= (job.max_tokens or 2**63):
+            raise InvalidRequestError(
+                f"Invalid 'selection.checkpoints': {checkpoints[-1]} is not before the end of {job.max_tokens} tokens.",
+                param="selection.checkpoints",
+            )
+        case Blockwise():
+            _check_blockwise(job)
+        case _:
+            pass
+
+
+def _check_given(
+    selection: SelectionStrategy, body: GenerationBody, num_candidates: int, reward: RewardChoice | None
+) -> None:
+    name: Any = getattr(selection, "strategy", None)
+    if selection.needs_reward and reward is None and (body.reward is None and num_candidates <= body.n):
+        raise InvalidRequestError(
+            f"The strategy {name!r} needs a 'reward' and more candidates than choices: set 'best_of'.", param="best_of"
+        )
+    if selection.needs_reward and reward is None:
+        raise InvalidRequestError(f"The strategy {name!r} needs a 'reward'.", param="reward")
+    if selection.max_choices is not None and body.n > selection.max_choices:
+        raise InvalidRequestError(f"The strategy {name!r} gives one choice; 'n' must be 1.", param="n")
+    if selection.stream is not None and not body.stream:
+        raise InvalidRequestError("'selection.stream' needs 'stream': true.", param="selection.stream")
+
+
+def _check_stream(body: GenerationBody, resolved: ResolvedModel, num_candidates: int) -> None:
+    hint = "Set 'selection.stream' to \"buffered\" to get the choices in chunks once they are chosen."
+    if body.selection is not None or body.reward is not None:
+        field = "selection" if body.selection is not None else "reward"
+        raise InvalidRequestError(
+            f"Results cannot be streamed with '{field}': choices are only known when whole answers are. {hint}",
+            param="stream",
+        )
+    if num_candidates > body.n:
+        source = "best_of" if body.best_of is not None else f"the route {resolved.model!r}, whose best_of"
+        raise InvalidRequestError(
+            f"Results cannot be streamed when more candidates are generated than returned: {source} is "
+            f"{num_candidates} and n is {body.n}. Set 'best_of' to {body.n} to stream. {hint}",
+            param="stream",
+        )
+
+
+def _check_blockwise(job: GenerationJob) -> None:
+    """Continuations are requests of their own, so what counts or parses over the whole answer cannot work."""
+    if job.max_tokens is None:
+        raise InvalidRequestError("The strategy 'blockwise' needs 'max_tokens'.", param="max_tokens")
+    if len(job.prompts) > 1:
+        raise InvalidRequestError("The strategy 'blockwise' takes one prompt.", param="prompt")
+    known = BLOCK_FIELDS | _HARMLESS_IN_BLOCKS | (_CHAT_RENDERING if job.endpoint == "chat.completions" else set())
+    unknown = sorted(name for name in job.body.keys() - known if job.body[name] not in (None, False, 0, 0.0))
+    if unknown:
+        raise InvalidRequestError(
+            f"'{unknown[0]}' does not go together with the strategy 'blockwise': blocks are generated one by one.",
+            param=unknown[0],
+            code="unsupported_parameter",
+        )
+    if job.operators.schedule is not None:
+        raise InvalidRequestError(
+            "'steering.schedule' does not go together with the strategy 'blockwise': it counts the tokens of a block.",
+            param="steering.schedule",
+        )

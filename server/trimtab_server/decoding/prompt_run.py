@@ -1,0 +1,236 @@
+"""What a strategy works with: the candidates of one prompt, their rewards, and what became of those that failed."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
+
+from trimtab_adapters.contract.errors import EngineDiedError, EngineUnavailableError, InvalidRequestError, TrimtabError
+from trimtab_adapters.contract.records import RewardValue
+from trimtab_adapters.contract.rewards import RewardChoice
+from trimtab_server.decoding.abandoned_records import AbandonedRecords
+from trimtab_server.decoding.candidates import LeftOut, Scored
+from trimtab_server.decoding.job import GenerationJob
+from trimtab_server.decoding.reference_draw import BaseReferenceDraw
+from trimtab_server.decoding.running import RunningCandidate
+from trimtab_server.decoding.scoring import CalibrationChoice, PromptScorer, Scoring
+from trimtab_server.engine.base import Candidate, Engine, EngineRequest
+
+T = TypeVar("T")
+
+_CHAT_RENDERING = (
+    *("chat_template", "chat_template_kwargs", "add_special_tokens"),
+    *("add_generation_prompt", "continue_final_message"),
+)
+
+Detokenize = Callable[[Sequence[int]], Awaitable[str]]
+
+
+class PromptRun:
+    """One prompt of a job on its way to its choices.
+
+    Args:
+        engine: Where candidates are generated.
+        scoring: Scores them.
+        abandoned: Gets the candidates whose records nobody will take.
+        detokenize: The text of token ids.
+        job: The request.
+        index: Of the prompt in the request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scoring: Scoring,
+        abandoned: AbandonedRecords,
+        detokenize: Detokenize,
+        job: GenerationJob,
+        index: int,
+    ) -> None:
+        self.job = job
+        self.index = index
+        self.engine = engine
+        self.detokenize = detokenize
+        self.draw = BaseReferenceDraw(engine, job, index)
+        self.left_out: list[LeftOut] = []
+        self._scoring = scoring
+        self._abandoned = abandoned
+        self._first_failure: TrimtabError | None = None
+        self._scorers: dict[tuple[str, CalibrationChoice], PromptScorer] = {}
+        self._scorer_lock = asyncio.Lock()
+        self._running: list[RunningCandidate] = []
+        self._untaken: list[EngineRequest] = []
+
+    @property
+    def n(self) -> int:
+        """Choices."""
+        return self.job.n
+
+    @property
+    def num_candidates(self) -> int:
+        """N: the number of candidates, or the most there may be."""
+        return self.job.num_candidates
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the answer may do without candidates that fail."""
+        return self.job.selection is not None and self.job.selection.on_failure == "leave_out"
+
+    def dice(self, purpose: str) -> random.Random:
+        """Random numbers for a purpose; the same for the same seed of the request, prompt and purpose."""
+        if self.job.seed is None:
+            return random.SystemRandom()
+        return random.Random(f"{self.job.seed}/{self.index}/{purpose}")
+
+    async def generate(self, indices: Sequence[int]) -> list[Candidate]:
+        """Whole candidates, all at the same time, in the order of their numbers without those that are left out.
+
+        Raises:
+            TrimtabError: The first error of any candidate, after stopping the others, unless it may be left out.
+        """
+        return await self._generate([(index, self.job.request(self.index, index)) for index in indices])
+
+    async def generate_requests(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
+        """The same for requests of a strategy's own making, numbered in their order."""
+        return await self._generate(list(enumerate(requests)))
+
+    def start(self, index: int) -> RunningCandidate:
+        """Start a candidate that can be watched and stopped; `aclose` stops what still runs."""
+        request = self.job.request(self.index, index)
+        self._untaken.append(request)
+        running = RunningCandidate(self.engine, request, index)
+        self._running.append(running)
+        return running
+
+    async def result(self, running: RunningCandidate) -> Candidate | None:
+        """The finished candidate; None when it was stopped or is left out."""
+        return await self._attempt(running.index, running.result())
+
+    async def reached(self, running: RunningCandidate, num_tokens: int) -> bool:
+        """Wait for so many tokens or the end; False when it failed and is left out."""
+        return await self._attempt(running.index, _true_after(running.reach(num_tokens))) is not None
+
+    async def stopped(self, running: RunningCandidate) -> Candidate:
+        """What there is of a stopped candidate."""
+        return await running.stopped()
+
+    async def score(self, candidates: Sequence[Candidate]) -> list[Scored]:
+        """Candidates with their rewards, in order, without those that are left out; rewards are None without a reward.
+
+        Raises:
+            RewardError: A candidate could not be scored, unless it may be left out. A missing reward is never 0.
+        """
+        if self.job.reward is None or not candidates:
+            return [(candidate, None) for candidate in candidates]
+        scorer = await self.scorer(candidates[0].prompt_token_ids)
+        if not self.leaves_out or not scorer.is_incremental:
+            values = await scorer.score([candidate.text for candidate in candidates])
+            return list(zip(candidates, values, strict=True))
+        await scorer.prepare()  # what fails here fails for all of them
+        found = await asyncio.gather(*(self._attempt(c.index, scorer.score([c.text])) for c in candidates))
+        scored: list[Scored] = [(c, values[0]) for c, values in zip(candidates, found, strict=True) if values]
+        self.check_any(scored)
+        return scored
+
+    async def judge_texts(
+        self, prompt_token_ids: Sequence[int], texts: Sequence[str], *, reward: str | None = None
+    ) -> list[RewardValue]:
+        """Rewards of unfinished texts, by the request's reward or another one; raw where that orders them."""
+        choice = reward if reward is not None else self.job.reward
+        assert choice is not None, "strategies that judge texts need a reward"
+        calibration = CalibrationChoice(size=0) if isinstance(choice, str) else self.job.calibration
+        scorer = await self._scorer(choice, calibration, prompt_token_ids)
+        return await scorer.score(texts)
+
+    async def scorer(self, prompt_token_ids: Sequence[int]) -> PromptScorer:
+        """The scorer of this prompt."""
+        assert self.job.reward is not None
+        return await self._scorer(self.job.reward, self.job.calibration, prompt_token_ids)
+
+    async def prompt_token_ids(self) -> list[int]:
+        """The prompt as the engine would see it, without generating anything."""
+        fields, body = self.job.prompts[self.index].fields, self.job.body
+        if self.job.endpoint == "completions":
+            if isinstance(fields["prompt"], list):
+                return list(fields["prompt"])
+            question = {"prompt": fields["prompt"], "add_special_tokens": body.get("add_special_tokens", True)}
+        else:
+            rendering = {name: body[name] for name in _CHAT_RENDERING if name in body}
+            question = {"add_generation_prompt": True, **rendering, "messages": fields["messages"]}
+        return list((await self.engine.post("/tokenize", question))["tokens"])
+
+    async def prompt_text(self, prompt_token_ids: Sequence[int]) -> str:
+        """The prompt as text, from its ids where the caller sent ids."""
+        text = self.job.prompts[self.index].text
+        return text if text is not None else await self.detokenize(prompt_token_ids)
+
+    def check_any(self, left: Sequence[object]) -> None:
+        """Raise the first failure when nothing is left that did not fail."""
+        if not left and self._first_failure is not None:
+            raise self._first_failure
+
+    def leave_out(self, index: int, error: TrimtabError) -> None:
+        """Do without a candidate that failed, where the caller allows it.
+
+        Raises:
+            TrimtabError: The error itself, where the caller does not, or where no other candidate can do better.
+        """
+        if not self.leaves_out or isinstance(error, InvalidRequestError | EngineUnavailableError | EngineDiedError):
+            raise error
+        self._first_failure = self._first_failure or error
+        self.left_out.append(LeftOut(index, error.message, error.code))
+
+    async def aclose(self) -> None:
+        """Stop what still runs."""
+        await asyncio.gather(*(running.aclose() for running in self._running))
+
+    def forget(self, taken: Iterable[str] = ()) -> None:
+        """Nobody will take the records of this prompt's candidates, but for those that were taken, by uid."""
+        uids = set(taken)
+        self._abandoned.forget(request for request in self._untaken if request.request_id not in uids)
+        self._untaken = []
+
+    async def _generate(self, requests: Sequence[tuple[int, EngineRequest]]) -> list[Candidate]:
+        self._untaken += [request for _, request in requests]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._attempt(index, self.engine.generate(request)))
+                    for index, request in requests
+                ]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        candidates = []
+        for (index, _), task in zip(requests, tasks, strict=True):
+            if (candidate := task.result()) is not None:
+                candidate.index = index
+                candidates.append(candidate)
+        self.check_any(candidates)
+        return candidates
+
+    async def _attempt(self, index: int, work: Awaitable[T]) -> T | None:
+        try:
+            return await work
+        except TrimtabError as exc:
+            self.leave_out(index, exc)
+            return None
+
+    async def _scorer(
+        self, choice: RewardChoice, calibration: CalibrationChoice, prompt_token_ids: Sequence[int]
+    ) -> PromptScorer:
+        key = (repr(choice), calibration)
+        async with self._scorer_lock:
+            if key not in self._scorers:
+                self._scorers[key] = await self._scoring.for_prompt(
+                    choice,
+                    calibration=calibration,
+                    prompt=await self.prompt_text(prompt_token_ids),
+                    prompt_token_ids=prompt_token_ids,
+                    draw_reference=self.draw,
+                )
+            return self._scorers[key]
+
+
+async def _true_after(work: Awaitable[None]) -> bool:
+    await work
+    return True
