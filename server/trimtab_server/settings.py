@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """Largest request body."""
     request_timeout_s: float | None = Field(default=600.0, gt=0)
     """Longest time one request may take, streaming included. None means no limit."""
+    keep_alive_s: float = Field(default=10.0, gt=0)
+    """Longest silence of a stream that waits for its choices; a comment is sent then, as proxies end silent ones."""
     max_concurrent_candidates: int = Field(default=1024, gt=0)
     """Candidates sent to one engine at the same time; more wait in the gateway."""
     adapter_wait_s: float = Field(default=30.0, ge=0)

@@ -1,4 +1,4 @@
-"""What tests of strategies share: an engine whose candidates grow in step, and all candidates of a request by number."""
+"""What tests of strategies share: an engine whose candidates grow in step, and all candidates of a request."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -17,7 +17,7 @@ STOPS = [" river", " stone", " cloud"]
 
 
 class SteppingEngine(FakeEngine):
-    """Candidates grow by one token a turn of the event loop, as in a batch; those of `slow` numbers take `pause` turns."""
+    """Candidates grow by one token a turn of the event loop, as in a batch; `slow` ones take `pause` turns."""
 
     slow: frozenset[int] = frozenset()
     pause = 1

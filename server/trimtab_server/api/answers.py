@@ -44,8 +44,8 @@ class Answer(ABC):
         for index, selection in result.choices():
             choice = {"index": index, **self._choice(selection.candidate, index // self._job.n)}
             if self._job.selection is not None:
-                outcome = result.prompts[index // self._job.n].outcome
-                choice["selection"] = selection_object(self._job.selection, selection, outcome)
+                prompt = result.prompts[index // self._job.n]
+                choice["selection"] = selection_object(self._job.selection, selection, prompt)
             if self._job.steering_logprobs:
                 choice["steering_logprobs"] = steering_logprobs(selection.candidate)
             if self._job.explains:
@@ -69,8 +69,8 @@ class Answer(ABC):
             choice["steering_logprobs"] = steering_logprobs(piece.candidate)
         if piece.explanation is not None:
             choice["explain"] = piece.explanation
-        if piece.selection is not None and self._job.selection is not None:
-            choice["selection"] = selection_object(self._job.selection, piece.selection, piece.outcome or {})
+        if piece.selection is not None and piece.prompt is not None and self._job.selection is not None:
+            choice["selection"] = selection_object(self._job.selection, piece.selection, piece.prompt)
         chunk = {**self._head(self.chunk_object), "choices": [{"index": piece.index, **choice}]}
         if include_usage:
             usage = plain_usage(piece.num_prompt_tokens, piece.num_tokens)

@@ -83,6 +83,7 @@ class _Serving:
         self._job = job
         self._body = body
         self._timer = timer
+        self._keep_alive_s = parts.settings.keep_alive_s
         timeout_s = parts.settings.request_timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
@@ -95,8 +96,11 @@ class _Serving:
 
     async def stream(self, answer: Answer) -> Response:
         """Wait for the first delta, so that an error before it has its own status, then stream."""
-        kind = JobStream if self._job.selection is None else SelectionStream
-        stream: JobStream | SelectionStream = kind(self._generator, self._job)
+        stream: JobStream | SelectionStream
+        if self._job.selection is None:
+            stream = JobStream(self._generator, self._job)
+        else:
+            stream = SelectionStream(self._generator, self._job, keep_alive_s=self._keep_alive_s)
         try:
             await until_disconnect(self._receive, self._in_time(stream.start()))
         except BaseException:

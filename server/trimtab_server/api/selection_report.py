@@ -3,12 +3,20 @@
 from typing import Any
 
 from trimtab_adapters.contract.selection import SelectionRequest
-from trimtab_server.decoding.candidates import Selection
+from trimtab_server.decoding.candidates import LeftOut, Selection
+from trimtab_server.decoding.job import PromptResult
+from trimtab_server.errors import error_answer
 
 
-def selection_object(request: SelectionRequest, selection: Selection, outcome: dict[str, Any]) -> dict[str, Any]:
+def selection_object(request: SelectionRequest, selection: Selection, prompt: PromptResult) -> dict[str, Any]:
     """Why a choice was chosen: its reward and rank, and what the strategy did for its prompt."""
-    return {"strategy": request.strategy, **_standing(selection), **outcome}
+    left_out = [_left_out(item) for item in prompt.left_out]
+    return {
+        "strategy": request.strategy,
+        **_standing(selection),
+        **prompt.outcome,
+        **({"left_out": left_out} if left_out else {}),
+    }
 
 
 def candidate_object(selection: Selection, n: int) -> dict[str, Any]:
@@ -17,6 +25,11 @@ def candidate_object(selection: Selection, n: int) -> dict[str, Any]:
     if state == "complete":
         state = "chosen" if selection.rank < n else "not_chosen"
     return {"state": state, **_standing(selection)}
+
+
+def _left_out(item: LeftOut) -> dict[str, Any]:
+    """A candidate that failed, as the error would have been told."""
+    return {"index": item.index, "error": error_answer(item.error).error}
 
 
 def _standing(selection: Selection) -> dict[str, Any]:

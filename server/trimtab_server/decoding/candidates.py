@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from trimtab_adapters.contract.errors import TrimtabError
 from trimtab_adapters.contract.records import RewardValue
 from trimtab_server.engine.base import Candidate
 
@@ -44,13 +45,11 @@ class LeftOut:
 
     Attributes:
         index: Its number among the candidates of its prompt.
-        reason: The error's message.
-        code: The error's code.
+        error: What went wrong.
     """
 
     index: int
-    reason: str
-    code: str | None
+    error: TrimtabError
 
 
 class ReferenceDraw(Protocol):

@@ -24,7 +24,7 @@ class ChoiceDelta:
         explanation: Of the tokens of the piece, where it was asked for.
         candidate: Complete, on the piece that ends its choice.
         selection: How the choice was chosen, on the piece that ends it, where choices are chosen.
-        outcome: What the strategy has to say, with it.
+        prompt: What came of its prompt, with it.
     """
 
     index: int
@@ -37,7 +37,7 @@ class ChoiceDelta:
     explanation: dict[str, Any] | None
     candidate: Candidate | None
     selection: Selection | None = None
-    outcome: dict[str, Any] | None = None
+    prompt: PromptResult | None = None
 
 
 def in_order(candidates: Sequence[Candidate]) -> PromptResult:

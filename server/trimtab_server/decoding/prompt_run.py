@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from trimtab_adapters.contract.errors import EngineDiedError, EngineUnavailableError, InvalidRequestError, TrimtabError
@@ -55,7 +55,6 @@ class PromptRun:
         self.left_out: list[LeftOut] = []
         self._scoring = scoring
         self._abandoned = abandoned
-        self._first_failure: TrimtabError | None = None
         self._scorers: dict[tuple[str, CalibrationChoice], PromptScorer] = {}
         self._scorer_lock = asyncio.Lock()
         self._running: list[RunningCandidate] = []
@@ -128,19 +127,27 @@ class PromptRun:
             return list(zip(candidates, values, strict=True))
         await scorer.prepare()  # what fails here fails for all of them
         found = await asyncio.gather(*(self._attempt(c.index, scorer.score([c.text])) for c in candidates))
-        scored: list[Scored] = [(c, values[0]) for c, values in zip(candidates, found, strict=True) if values]
-        self.check_any(scored)
-        return scored
+        return [(c, values[0]) for c, values in zip(candidates, found, strict=True) if values]
 
     async def judge_texts(
-        self, prompt_token_ids: Sequence[int], texts: Sequence[str], *, reward: str | None = None
-    ) -> list[RewardValue]:
-        """Rewards of unfinished texts, by the request's reward or another one; raw where that orders them."""
+        self, prompt_token_ids: Sequence[int], texts: Mapping[int, str], *, reward: str | None = None
+    ) -> dict[int, RewardValue]:
+        """Rewards of unfinished texts by the numbers of their candidates, without those that are left out.
+
+        Args:
+            prompt_token_ids: The prompt as the engine sees it.
+            texts: By number.
+            reward: A registered reward to judge by, instead of the request's own.
+        """
         choice = reward if reward is not None else self.job.reward
         assert choice is not None, "strategies that judge texts need a reward"
         calibration = CalibrationChoice(size=0) if isinstance(choice, str) else self.job.calibration
         scorer = await self._scorer(choice, calibration, prompt_token_ids)
-        return await scorer.score(texts)
+        if not self.leaves_out:
+            return dict(zip(texts, await scorer.score(list(texts.values())), strict=True))
+        await scorer.prepare()
+        found = await asyncio.gather(*(self._attempt(i, scorer.score([text])) for i, text in texts.items()))
+        return {i: values[0] for i, values in zip(texts, found, strict=True) if values}
 
     async def scorer(self, prompt_token_ids: Sequence[int]) -> PromptScorer:
         """The scorer of this prompt."""
@@ -164,10 +171,10 @@ class PromptRun:
         text = self.job.prompts[self.index].text
         return text if text is not None else await self.detokenize(prompt_token_ids)
 
-    def check_any(self, left: Sequence[object]) -> None:
-        """Raise the first failure when nothing is left that did not fail."""
-        if not left and self._first_failure is not None:
-            raise self._first_failure
+    def check_enough(self, num_left: int) -> None:
+        """Raise the first failure when fewer candidates are left than are needed as choices."""
+        if num_left < self.n and self.left_out:
+            raise self.left_out[0].error
 
     def leave_out(self, index: int, error: TrimtabError) -> None:
         """Do without a candidate that failed, where the caller allows it.
@@ -177,8 +184,8 @@ class PromptRun:
         """
         if not self.leaves_out or isinstance(error, InvalidRequestError | EngineUnavailableError | EngineDiedError):
             raise error
-        self._first_failure = self._first_failure or error
-        self.left_out.append(LeftOut(index, error.message, error.code))
+        if all(item.index != index for item in self.left_out):
+            self.left_out.append(LeftOut(index, error))
 
     async def aclose(self) -> None:
         """Stop what still runs."""
@@ -205,7 +212,6 @@ class PromptRun:
             if (candidate := task.result()) is not None:
                 candidate.index = index
                 candidates.append(candidate)
-        self.check_any(candidates)
         return candidates
 
     async def _attempt(self, index: int, work: Awaitable[T]) -> T | None:

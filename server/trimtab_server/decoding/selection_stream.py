@@ -8,11 +8,8 @@ from trimtab_adapters.contract.selection import Blockwise
 from trimtab_server.decoding.candidates import Selection
 from trimtab_server.decoding.choice_delta import ChoiceDelta
 from trimtab_server.decoding.generation import Generator
-from trimtab_server.decoding.job import GenerationJob, JobResult
+from trimtab_server.decoding.job import GenerationJob, JobResult, PromptResult
 from trimtab_server.engine.base import Candidate, EngineDelta
-
-KEEP_ALIVE_S = 10.0
-"""Longest silence of a stream; proxies and clients give up on longer ones."""
 
 PIECE_TOKENS = 8
 """Tokens of a chunk of a choice that is sent after it was chosen."""
@@ -27,7 +24,7 @@ class SelectionStream:
         keep_alive_s: Longest silence.
     """
 
-    def __init__(self, generator: Generator, job: GenerationJob, *, keep_alive_s: float = KEEP_ALIVE_S) -> None:
+    def __init__(self, generator: Generator, job: GenerationJob, *, keep_alive_s: float) -> None:
         self._generator = generator
         self._job = job
         self._keep_alive_s = keep_alive_s
@@ -125,7 +122,7 @@ class SelectionStream:
                     delta,
                     i == 0 and not is_streamed,
                     selection=selection if is_end else None,
-                    outcome=result.prompts[index // self._job.n].outcome if is_end else None,
+                    prompt=result.prompts[index // self._job.n] if is_end else None,
                     is_last=is_end and number == len(choices) - 1,
                 )
 
@@ -136,7 +133,7 @@ class SelectionStream:
         is_first: bool,
         *,
         selection: Selection | None = None,
-        outcome: dict[str, Any] | None = None,
+        prompt: PromptResult | None = None,
         is_last: bool = False,
     ) -> ChoiceDelta:
         return ChoiceDelta(
@@ -150,7 +147,7 @@ class SelectionStream:
             explanation=selection.candidate.explanation if selection is not None else None,
             candidate=selection.candidate if selection is not None else None,
             selection=selection,
-            outcome=outcome,
+            prompt=prompt,
         )
 
 

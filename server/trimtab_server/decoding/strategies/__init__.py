@@ -39,5 +39,7 @@ async def select(run: PromptRun, emit: Emit | None = None) -> PromptResult:
             result = await best_of_n(run, params)
         case None:
             raise ValueError("this request selects nothing")
-    result.references, result.left_out = run.draw.drawn, run.left_out
+    run.check_enough(sum(selection.state == "complete" for selection in result.selections))
+    result.references = run.draw.drawn
+    result.left_out = run.left_out
     return result

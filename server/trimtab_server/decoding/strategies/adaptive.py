@@ -41,7 +41,6 @@ async def adaptive(run: PromptRun, params: Adaptive) -> PromptResult:
         wave = range(num_started, min(num_started + num, run.num_candidates))
         num_started = wave.stop
         await _Wave(run, threshold, missing, drawn).run_all(wave)
-    run.check_any(drawn.scored)
     result = PromptResult(ranked(drawn.scored, drawn.others))
     result.outcome = {
         "threshold": threshold,

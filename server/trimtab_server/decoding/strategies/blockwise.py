@@ -51,15 +51,14 @@ async def blockwise(run: PromptRun, params: Blockwise, emit: Emit | None = None)
     while answer.finish_reason is None:
         size = min(params.block_tokens, max_tokens - len(answer.token_ids))
         blocks = await _continuations(run, answer, size)
-        texts = [_Text.of(answer.text, block, run.job.body) for block in blocks]
-        values = await run.judge_texts(
-            answer.prompt_token_ids, [text.whole for text in texts], reward=params.prefix_reward
-        )
-        best = ranked(list(zip(blocks, values, strict=True)))[0].candidate
-        at = next(i for i, block in enumerate(blocks) if block is best)
+        texts = {block.index: _Text.of(answer.text, block, run.job.body) for block in blocks}
+        wholes = {index: text.whole for index, text in texts.items()}
+        values = await run.judge_texts(answer.prompt_token_ids, wholes, reward=params.prefix_reward)
+        run.check_enough(len(values))
+        best = ranked([(block, values[block.index]) for block in blocks if block.index in values])[0].candidate
         answer.discarded_tokens += sum(len(block.token_ids) for block in blocks if block is not best)
         tokens_before, shown_before = len(answer.token_ids), answer.num_shown
-        await _extend(run, answer, best, texts[at], is_last=tokens_before + len(best.token_ids) >= max_tokens)
+        await _extend(run, answer, best, texts[best.index], is_last=tokens_before + len(best.token_ids) >= max_tokens)
         if emit is not None:
             await emit(_delta(run, answer, tokens_before, shown_before))
     candidate = _candidate(run, answer, time.perf_counter() - started)

@@ -46,7 +46,6 @@ async def early_reject(run: PromptRun, params: EarlyReject) -> PromptResult:
         elif candidate is not None:
             complete.append(candidate)
     scored = await run.score(complete)
-    run.check_any(scored)
     outcome = {"checkpoints": checkpoints, "num_stopped": len(others)}
     return PromptResult(ranked(scored, others), outcome=outcome)
 
@@ -59,21 +58,20 @@ async def _survivors(
     A candidate that ended before is judged whole. It is never stopped, but when it is among the worst it does not take
     a place from those that go on.
     """
-    texts = [await _text_at(run, running, checkpoint) for running in rivals]
+    texts = {running.index: await _text_at(run, running, checkpoint) for running in rivals}
     prompt_token_ids = next((r.prompt_token_ids for r in rivals if r.prompt_token_ids), [])
     values = await run.judge_texts(prompt_token_ids, texts, reward=params.prefix_reward)
-    num_kept = max(run.n, round(params.keep * len(rivals)))
+    num_kept = max(run.n, round(params.keep * len(values)))
 
-    def worst_last(number: int) -> tuple[float, float, int]:
-        value = values[number]
-        return -(value.calibrated or 0.0), -value.raw, rivals[number].index
+    def worst_last(index: int) -> tuple[float, float, int]:
+        return -(values[index].calibrated or 0.0), -values[index].raw, index
 
-    order = sorted(range(len(rivals)), key=worst_last)
-    for number in order[num_kept:]:
+    kept = set(sorted(values, key=worst_last)[:num_kept])
+    for running in rivals:
         # By its tokens, not by whether it has ended meanwhile: the same seed must give up the same candidates.
-        if not (rivals[number].is_finished and rivals[number].num_tokens <= checkpoint):
-            rivals[number].give_up()
-    return [rivals[number] for number in sorted(order[:num_kept])]
+        if running.index not in kept and not (running.is_finished and running.num_tokens <= checkpoint):
+            running.give_up()
+    return [running for running in rivals if running.index in kept]
 
 
 async def _text_at(run: PromptRun, running: RunningCandidate, num_tokens: int) -> str:
