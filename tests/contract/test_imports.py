@@ -21,6 +21,7 @@ GATEWAY_ONLY = ("fastapi", "uvicorn", "pydantic_settings", "psycopg")
 
 LIGHT = {
     "trimtab_adapters.contract": HEAVY,
+    "trimtab_adapters.infalign": (*HEAVY, "pydantic", "httpx", "sqlalchemy", *GATEWAY_ONLY),
     "trimtab_server.app": HEAVY,
     "trimtab_server.serve": HEAVY,
     # The trainer's image has none of the gateway's own dependencies, and starts through this module.

@@ -18,7 +18,7 @@ def soft_best_of_n(target: TiltedPolicy, n: int) -> RankPolicy:
     """Distribution of the calibrated reward that soft best-of-n chooses.
 
     With weights w = e^{(Φ - max Φ)/β} the density is n E[w(u) / (w(u) + w(U_2) + ... + w(U_n))]. By 1/x = ∫ e^{-sx} ds
-    over s > 0 that is n w(u) ∫ e^{-s w(u)} L(s)^{n-1} ds with L(s) = E[e^{-s w(U)}]: one integral instead of n. It takes
+    over s > 0 that is n w(u) ∫ e^{-s w(u)} L(s)^{n-1} ds with L(s) = E[e^{-s w(U)}]: one integral, not n. It takes
     time in proportion to the range of Φ/β, and the grid resolves it for β down to about 1/100 of the range of Φ; below
     that the choice is hard, and best-of-n's closed forms hold.
 

@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from itertools import product
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from trimtab_adapters.infalign.unit_interval import unit_grid
 FIVE_DIGITS = 5.1e-6
 FOUR_DIGITS = 5.1e-5
 
-PROCEDURES = [Procedure(kind, n) for kind, n in product(("best_of_n", "worst_of_n"), (2, 4, 8))]
+KINDS = cast("list[ProcedureKind]", ["best_of_n", "worst_of_n"])
+PROCEDURES = [Procedure(kind, n) for kind, n in product(KINDS, (2, 4, 8))]
 
 # β: KL and win rate for each of PROCEDURES, each at its own optimum.
 OPTIMUM = {
@@ -45,8 +47,9 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 # (KL, procedure, sizes): win rates by transform for each size, at this KL. Ten of them stand printed one unit higher in
-# the last digit, each a value that ends in 45 to 49 and was rounded twice (.705748 to .70575 to .7058): KL .1 BoN4 exp 10;
-# .5 BoN2 exp 5; 1 BoN2 optimum; 2 BoN2 and BoN4 log, BoN2 exp 10; .25 WoN4 identity, WoN8 optimum; .5 WoN4 log, WoN8 exp -5.
+# the last digit, each a value that ends in 45 to 49 and was rounded twice (.705748 to .70575 to .7058): at KL .1 BoN4
+# exp 10; .5 BoN2 exp 5; 1 BoN2 optimum; 2 BoN2 and BoN4 log, BoN2 exp 10; .25 WoN4 identity, WoN8 optimum; .5 WoN4 log,
+# WoN8 exp -5.
 MATCHED: dict[tuple[float, ProcedureKind, tuple[int, ...]], dict[str, tuple[float, ...]]] = {
     (0.1, "standard", (1,)): {
         "identity": (0.6278,), "log": (0.6185,), "exp 5": (0.6113,), "exp 10": (0.5922,), "optimum": (0.6278,),

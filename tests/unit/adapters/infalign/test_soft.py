@@ -46,7 +46,7 @@ def test_soft_best_of_n_has_the_exact_values_and_about_the_printed_ones(n: int) 
 
 
 def test_a_soft_choice_between_two_is_the_integral_over_pairs() -> None:
-    # f(u) = 2 ∫ w(u) / (w(u) + w(v)) dv with w = e^{λu} = a: ∫ a / (a + e^{λv}) dv = 1 - (1/λ) log((a + e^λ) / (a + 1)).
+    # f(u) = 2 ∫ w(u) / (w(u) + w(v)) dv; for a = e^{λu}, ∫ a / (a + e^{λv}) dv = 1 - (1/λ) log((a + e^λ) / (a + 1)).
     lam, u = 5.0, unit_grid().nodes
     a = np.exp(lam * u)
     density = 2 * (1 - np.log((a + math.exp(lam)) / (a + 1)) / lam)
@@ -72,7 +72,7 @@ def test_a_soft_choice_among_one_is_the_reference_policy(transform: Transform, b
 
 
 def test_an_almost_hard_soft_choice_is_almost_best_of_n() -> None:
-    # Two of four samples are closer than δ with probability 12 δ at most, and then the choice costs about δ: 12 β² in all.
+    # Two of four samples are closer than δ with probability 12 δ at most, and then the choice costs about δ: 12 β².
     soft = soft_best_of_n(TiltedPolicy(Identity(), 0.01), 4)
     assert 0 < 4 / 5 - STANDARD.win_rate(soft) < 12 * 0.01**2
 

@@ -1,4 +1,4 @@
-"""Tilted policies on the calibrated scale: tables of the identity, the logarithm and exponentials; limits; quadrature."""
+"""Tilted policies on the calibrated scale: tables of the identity, the logarithm, exponentials; limits; quadrature."""
 
 import math
 
@@ -42,7 +42,7 @@ LOGARITHM = {
 }
 
 # (t, β): KL, win rate of one sample, best-of 2, 4, 8, worst-of 2, 4, 8; Φ mapped to [0, 1].
-EXPONENTIAL = {
+EXPONENTIAL: dict[tuple[float, float], tuple[float, ...]] = {
     (2, 1): (0.04333, 0.58209, 0.60585, 0.62397, 0.63552, 0.59054, 0.59380, 0.59476),
     (2, 0.2): (0.94679, 0.85240, 0.88103, 0.89230, 0.89695, 0.90435, 0.92798, 0.93665),
     (5, 1): (0.03889, 0.56935, 0.60111, 0.63136, 0.65408, 0.56642, 0.56232, 0.55963),
