@@ -45,9 +45,6 @@ class Known:
     def length(self) -> int:
         return len(self.tokens)
 
-    def text_at(self, num_tokens: int) -> str:
-        return self.text if num_tokens >= self.length else "".join(self.tokens[:num_tokens])
-
 
 async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
     return await client.post("/v1/completions", json={"model": "base", "prompt": "Hi", **body})

@@ -14,11 +14,11 @@ from trimtab_adapters.contract.selection import (
     SelectionStrategy,
 )
 from trimtab_server.api.request_fields import GenerationBody
-from trimtab_server.decoding.job import BLOCK_FIELDS, GenerationJob
+from trimtab_server.decoding.job import PIECE_FIELDS, GenerationJob
 from trimtab_server.decoding.strategies.threshold import threshold_of
 from trimtab_server.storage.base import ResolvedModel
 
-_HARMLESS_IN_BLOCKS = {"max_tokens", "max_completion_tokens", "logprobs", "return_token_ids", "add_special_tokens"}
+_HARMLESS_IN_PIECES = {"max_tokens", "max_completion_tokens", "logprobs", "return_token_ids", "add_special_tokens"}
 _CHAT_RENDERING = {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 
 
@@ -79,18 +79,18 @@ def check_selection(job: GenerationJob) -> None:
                 threshold_of(selection, job.num_candidates)
             except ValueError as exc:
                 raise InvalidRequestError(f"Invalid 'selection': {exc}.", param="selection.target") from exc
-        case EarlyReject(checkpoints=None) if job.max_tokens is None:
-            raise InvalidRequestError(
-                "The strategy 'early_reject' needs 'selection.checkpoints' where there is no 'max_tokens'.",
-                param="selection.checkpoints",
-            )
-        case EarlyReject(checkpoints=list() as checkpoints) if checkpoints[-1] >= (job.max_tokens or 2**63):
-            raise InvalidRequestError(
-                f"Invalid 'selection.checkpoints': {checkpoints[-1]} is not before the end of {job.max_tokens} tokens.",
-                param="selection.checkpoints",
-            )
+        case EarlyReject(checkpoints=checkpoints):
+            _check_pieces(job, selection.strategy)
+            if checkpoints is not None and checkpoints[-1] >= (job.max_tokens or 0):
+                raise InvalidRequestError(
+                    f"Invalid 'selection.checkpoints': {checkpoints[-1]} is not before the end of {job.max_tokens} "
+                    "tokens.",
+                    param="selection.checkpoints",
+                )
         case Blockwise():
-            _check_blockwise(job)
+            if len(job.prompts) > 1:
+                raise InvalidRequestError("The strategy 'blockwise' takes one prompt.", param="prompt")
+            _check_pieces(job, selection.strategy)
         case _:
             pass
 
@@ -128,22 +128,20 @@ def _check_stream(body: GenerationBody, resolved: ResolvedModel, num_candidates:
         )
 
 
-def _check_blockwise(job: GenerationJob) -> None:
-    """Continuations are requests of their own, so what counts or parses over the whole answer cannot work."""
+def _check_pieces(job: GenerationJob, strategy: str) -> None:
+    """Answers that are generated piece by piece cannot have what counts or parses over the whole answer."""
     if job.max_tokens is None:
-        raise InvalidRequestError("The strategy 'blockwise' needs 'max_tokens'.", param="max_tokens")
-    if len(job.prompts) > 1:
-        raise InvalidRequestError("The strategy 'blockwise' takes one prompt.", param="prompt")
-    known = BLOCK_FIELDS | _HARMLESS_IN_BLOCKS | (_CHAT_RENDERING if job.endpoint == "chat.completions" else set())
+        raise InvalidRequestError(f"The strategy {strategy!r} needs 'max_tokens'.", param="max_tokens")
+    known = PIECE_FIELDS | _HARMLESS_IN_PIECES | (_CHAT_RENDERING if job.endpoint == "chat.completions" else set())
     unknown = sorted(name for name in job.body.keys() - known if job.body[name] not in (None, False, 0, 0.0))
     if unknown:
         raise InvalidRequestError(
-            f"'{unknown[0]}' does not go together with the strategy 'blockwise': blocks are generated one by one.",
+            f"'{unknown[0]}' does not go together with the strategy {strategy!r}, which generates answers in pieces.",
             param=unknown[0],
             code="unsupported_parameter",
         )
     if job.operators.schedule is not None:
         raise InvalidRequestError(
-            "'steering.schedule' does not go together with the strategy 'blockwise': it counts the tokens of a block.",
+            f"'steering.schedule' does not go together with the strategy {strategy!r}, which generates in pieces.",
             param="steering.schedule",
         )

@@ -125,7 +125,7 @@ class Generator:
         stopped = {
             s.candidate.steering.uid: s.candidate
             for s in selections
-            if s.state == "stopped" and s.candidate.steering is not None and s.candidate.token_ids
+            if s.state == "stopped" and s.candidate.record is None and s.candidate.steering and s.candidate.token_ids
         }
         if job.record and stopped:
             records = await self.engine.read_records(dict.fromkeys(stopped, 0))

@@ -14,7 +14,7 @@ from trimtab_server.storage.base import ResolvedModel
 
 _SEED_SPAN = 2**64
 
-BLOCK_FIELDS = frozenset(
+PIECE_FIELDS = frozenset(
     {
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids"),
         *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"),
@@ -125,12 +125,12 @@ class GenerationJob:
         body = {**self.body, **self.prompts[prompt_index].fields, **self.seeded(candidate_index)}
         return EngineRequest(self.endpoint, body, self.steering(uid), uid)
 
-    def block_request(
+    def piece_request(
         self,
         prompt_index: int,
         prompt_token_ids: list[int],
         output_token_ids: list[int],
-        block: int,
+        piece: int,
         number: int,
         max_tokens: int,
     ) -> EngineRequest:
@@ -138,8 +138,8 @@ class GenerationJob:
 
         Always a completion of token ids, so that nothing is tokenised again; a negative prompt grows with the answer.
         """
-        uid = f"{self.id}-{prompt_index}-{block}-{number}"
-        body = {name: value for name, value in self.body.items() if name in BLOCK_FIELDS}
+        uid = f"{self.id}-{prompt_index}-{piece}-{number}"
+        body = {name: value for name, value in self.body.items() if name in PIECE_FIELDS}
         body |= {"prompt": prompt_token_ids + output_token_ids, "max_tokens": max_tokens, "return_token_ids": True}
         body["logprobs"] = self.body["logprobs"] if self.endpoint == "completions" else 0
         if body.get("min_tokens"):
@@ -148,7 +148,7 @@ class GenerationJob:
         if steering is not None and steering.guidance is not None:
             grown = steering.guidance.model_copy(update={"token_ids": steering.guidance.token_ids + output_token_ids})
             steering = steering.model_copy(update={"guidance": grown})
-        body |= self.seeded(block * self.num_candidates + number)
+        body |= self.seeded(piece * self.num_candidates + number)
         return EngineRequest("completions", body, steering, uid)
 
     def seeded(self, number: int) -> dict[str, int]:

@@ -89,9 +89,9 @@ class PromptRun:
         """
         return await self._generate([(index, self.job.request(self.index, index)) for index in indices])
 
-    async def generate_requests(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
-        """The same for requests of a strategy's own making, numbered in their order."""
-        return await self._generate(list(enumerate(requests)))
+    async def generate_requests(self, requests: Sequence[tuple[int, EngineRequest]]) -> list[Candidate]:
+        """The same for requests of a strategy's own making, each with the number of its candidate."""
+        return await self._generate(requests)
 
     def start(self, index: int) -> RunningCandidate:
         """Start a candidate that can be watched and stopped; `aclose` stops what still runs."""
@@ -104,10 +104,6 @@ class PromptRun:
     async def result(self, running: RunningCandidate) -> Candidate | None:
         """The finished candidate; None when it was stopped or is left out."""
         return await self._attempt(running.index, running.result())
-
-    async def reached(self, running: RunningCandidate, num_tokens: int) -> bool:
-        """Wait for so many tokens or the end; False when it failed and is left out."""
-        return await self._attempt(running.index, _true_after(running.reach(num_tokens))) is not None
 
     async def stopped(self, running: RunningCandidate) -> Candidate:
         """What there is of a stopped candidate."""
@@ -235,8 +231,3 @@ class PromptRun:
                     draw_reference=self.draw,
                 )
             return self._scorers[key]
-
-
-async def _true_after(work: Awaitable[None]) -> bool:
-    await work
-    return True

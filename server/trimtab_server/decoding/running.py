@@ -22,7 +22,6 @@ class RunningCandidate:
 
     Attributes:
         is_stopped: Whether it was stopped before its end.
-        is_given_up: Whether it shall not be chosen, although it may have come to its end before it could be stopped.
     """
 
     def __init__(self, engine: Engine, request: EngineRequest, index: int) -> None:
@@ -30,30 +29,15 @@ class RunningCandidate:
         self.request = request
         self._engine = engine
         self._builder = CandidateBuilder(request, engine.name, index=index)
-        self._ends: list[tuple[int, int]] = []
-        self._num_chars = 0
         self._limit = math.inf
         self._has_ended = False
         self.is_stopped = False
-        self.is_given_up = False
-        self._is_over = False
-        self._progress = asyncio.Condition()
         self._task = asyncio.create_task(self._read())
 
     @property
     def num_tokens(self) -> int:
         """Tokens so far."""
         return len(self._builder.token_ids)
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """As the engine saw them; empty before the first token."""
-        return self._builder.prompt_token_ids
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether it came to its own end."""
-        return self._has_ended
 
     async def result(self) -> Candidate | None:
         """The finished candidate; None when it was stopped before its end. Raises what `Engine.stream` raises."""
@@ -62,13 +46,6 @@ class RunningCandidate:
             return None
         self._task.result()
         return self._builder.candidate()
-
-    async def reach(self, num_tokens: int) -> None:
-        """Wait until it has so many tokens or has ended. Raises what `Engine.stream` raises."""
-        async with self._progress:
-            await self._progress.wait_for(lambda: self.num_tokens >= num_tokens or self._is_over)
-        if self._is_over and not self.is_stopped:
-            await self._task
 
     def limit(self, num_tokens: int) -> None:
         """Stop it as soon as it has more tokens than this without having ended."""
@@ -82,11 +59,6 @@ class RunningCandidate:
             self.is_stopped = True
             self._task.cancel()
 
-    def give_up(self) -> None:
-        """Stop it, and remember that it shall not be chosen where it has ended already."""
-        self.is_given_up = True
-        self.stop()
-
     async def stopped(self) -> Candidate:
         """What there is of a candidate that was stopped."""
         await asyncio.wait({self._task})
@@ -99,36 +71,14 @@ class RunningCandidate:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def text_at(self, num_tokens: int) -> str | None:
-        """The text of its first tokens; None where the engine sent no piece that ends with the last of them.
-
-        With fewer tokens than that it is the whole text.
-        """
-        text = self._builder.text
-        if num_tokens >= self.num_tokens:
-            return text
-        return next((text[:chars] for tokens, chars in self._ends if tokens == num_tokens), None)
-
-    def first_token_ids(self, num_tokens: int) -> list[int]:
-        """Ids of its first tokens."""
-        return self._builder.token_ids[:num_tokens]
-
     async def _read(self) -> None:
-        try:
-            deltas = cast("AsyncGenerator[EngineDelta, None]", self._engine.stream(self.request))
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    self._builder.add(delta)
-                    self._ends.append((self.num_tokens, len(self._builder.text)))
-                    self._has_ended = self._builder.finish_reason is not None
-                    if self.num_tokens > self._limit and not self._has_ended:
-                        self.is_stopped = True
-                        return
-                    async with self._progress:
-                        self._progress.notify_all()
-            if not self._has_ended:
-                raise EngineDiedError("the engine ended its answer without saying why")
-        finally:
-            self._is_over = True
-            async with self._progress:
-                self._progress.notify_all()
+        deltas = cast("AsyncGenerator[EngineDelta, None]", self._engine.stream(self.request))
+        async with aclosing(deltas):
+            async for delta in deltas:
+                self._builder.add(delta)
+                self._has_ended = self._builder.finish_reason is not None
+                if self.num_tokens > self._limit and not self._has_ended:
+                    self.is_stopped = True
+                    return
+        if not self._has_ended:
+            raise EngineDiedError("the engine ended its answer without saying why")

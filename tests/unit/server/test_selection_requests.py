@@ -182,7 +182,7 @@ async def test_a_client_that_leaves_a_buffered_stream_stops_the_engine(gateway: 
 def faulty(*indices: int) -> FakeEngine:
     def fault_for(request: EngineRequest) -> Fault | None:
         if int(request.request_id.rpartition("-")[2]) in indices and "-ref-" not in request.request_id:
-            return Fault(error=EngineRequestError("broken", engine_status=500), after_tokens=2)
+            return Fault(error=EngineRequestError("broken", engine_status=500))
         return None
 
     return FakeEngine(fault_for=fault_for)

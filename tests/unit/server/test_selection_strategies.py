@@ -9,6 +9,7 @@ import pytest
 
 from fake_gateway import FakeGateway, asgi_client, build_gateway
 from selecting import STOPS, Known, SteppingEngine, all_candidates, answer, chosen_text, states
+from trimtab_server.engine import fake_model
 
 pytestmark = pytest.mark.anyio
 
@@ -188,29 +189,58 @@ async def test_adaptive_goes_on_until_there_are_as_many_good_candidates_as_choic
     assert data["choices"][0]["selection"]["num_candidates"] == num
 
 
+class Grown:
+    """A candidate that is generated in pieces over the fake model; it ends at a stop word."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.tokens: list[int] = []
+        self.text = ""
+        self.has_ended = False
+
+    def grow(self, piece: int, num_candidates: int, seed: int, until: int) -> None:
+        prompt, seeded = [72, 105, *self.tokens], seed + piece * num_candidates + self.index
+        for position in range(until - len(self.tokens)):
+            if self.has_ended:
+                return
+            token = fake_model.next_token(prompt, position, (), seed=seeded, greedy=False)
+            self.tokens.append(token.id)
+            self.has_ended = token.text in STOPS
+            self.text += "" if self.has_ended else token.text
+
+
+def by_checkpoints(seed: int, num: int, checkpoints: list[int], max_tokens: int) -> tuple[list[Grown], list[Grown]]:
+    """The rule, written down again: those that came to their end, and those that were stopped."""
+    everyone = rivals = [Grown(index) for index in range(num)]
+    for piece, checkpoint in enumerate([*checkpoints, max_tokens]):
+        for candidate in rivals:
+            candidate.grow(piece, num, seed, checkpoint)
+        if checkpoint == max_tokens or all(candidate.has_ended for candidate in rivals):
+            continue
+        order = sorted(rivals, key=lambda c: (-pseudo_reward("", c.text), c.index))
+        rivals = sorted(order[: round(0.5 * len(rivals))], key=lambda c: c.index)
+    ended = [c for c in everyone if c.has_ended or len(c.tokens) == max_tokens]
+    return ended, [c for c in everyone if c not in ended]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_early_rejection_keeps_the_better_half_at_each_checkpoint(
     client: httpx.AsyncClient, gateway: FakeGateway, seed: int
 ) -> None:
     gateway.scoring.rewards["pseudo"] = pseudo_reward
-    known = await all_candidates(client, 8, seed=seed, **BODY)
-    rivals, gone = list(known), set[int]()
-    for checkpoint in (3, 6):
-        if all(c.length <= checkpoint for c in rivals):
-            break
-        order = sorted(rivals, key=lambda c: (-pseudo_reward("", c.text_at(checkpoint)), c.index))
-        num_kept = round(0.5 * len(rivals))
-        gone |= {c.index for c in order[num_kept:] if c.length > checkpoint}
-        rivals = sorted(order[:num_kept], key=lambda c: c.index)
+    ended, stopped = by_checkpoints(seed, 8, [3, 6], 14)
     selection = {"strategy": "early_reject", "checkpoints": [3, 6], "return_candidates": True}
     data = await answer(client, seed=seed, best_of=8, reward="pseudo", selection=selection, **BODY)
-    assert {i for i, state in states(data).items() if state in ("stopped", "late")} == gone
-    assert chosen_text(data) == best([c for c in known if c.index not in gone]).text
-    stopped = [c for c in data["candidates"] if c["state"] == "stopped"]
-    # They grow by a token a turn and are judged at once, so hardly any token is spent beyond the checkpoint.
-    tokens = {c.index: c.length for c in known if c.index not in {s["index"] for s in stopped}}
-    spent = data["usage"]["completion_tokens"] - sum(tokens.values())
-    assert 3 * len(stopped) <= spent <= 10 * len(stopped)
+    told = states(data)
+    assert {i for i, state in told.items() if state == "stopped"} == {c.index for c in stopped}
+    winner = max(ended, key=lambda c: (calibrated(pseudo_reward("", c.text)), pseudo_reward("", c.text), -c.index))
+    assert (chosen_text(data), told[winner.index]) == (winner.text, "chosen")
+    assert data["choices"][0]["selection"]["num_stopped"] == len(stopped)
+    # Nothing is generated beyond a checkpoint that is not wanted.
+    assert data["usage"]["completion_tokens"] == sum(len(c.tokens) for c in ended + stopped)
+    shown = {c["index"]: c for c in data["candidates"]}
+    for candidate in stopped:
+        assert (shown[candidate.index]["text"], shown[candidate.index]["finish_reason"]) == (candidate.text, "abort")
 
 
 async def test_another_reward_may_judge_unfinished_texts(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
@@ -221,11 +251,11 @@ async def test_another_reward_may_judge_unfinished_texts(client: httpx.AsyncClie
         return -float(len(output))
 
     gateway.scoring.rewards |= {"pseudo": pseudo_reward, "prefix": prefix_reward}
-    known = await all_candidates(client, 4, seed=5, max_tokens=10)
+    known = await all_candidates(client, 4, seed=5, max_tokens=4)
     selection = {"strategy": "early_reject", "checkpoints": [4], "prefix_reward": "prefix", "return_candidates": True}
     data = await answer(client, seed=5, best_of=4, reward="pseudo", selection=selection, max_tokens=10)
-    assert sorted(judged) == sorted(c.text_at(4) for c in known)
-    shortest = sorted(known, key=lambda c: (len(c.text_at(4)), c.index))[:2]
+    assert sorted(judged) == sorted(c.text for c in known)
+    shortest = sorted(known, key=lambda c: (len(c.text), c.index))[:2]
     assert {i for i, state in states(data).items() if state in ("chosen", "not_chosen")} == {c.index for c in shortest}
 
 

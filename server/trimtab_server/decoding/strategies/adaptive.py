@@ -63,6 +63,9 @@ class _Wave:
 
     async def run_all(self, indices: Sequence[int]) -> None:
         """Generate and score them; those that come to their end too late are stopped."""
+        if len(indices) == 1:  # nobody to be stopped
+            self._drawn.scored += await self._run.score(await self._run.generate(indices))
+            return
         self._running = [self._run.start(index) for index in indices]
         try:
             async with asyncio.TaskGroup() as group:
