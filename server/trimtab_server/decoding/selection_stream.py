@@ -1,7 +1,7 @@
 """A streamed job whose choices are chosen: block by block where they are decided so, else whole once they are known."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trimtab_adapters.contract.selection import Blockwise
@@ -10,6 +10,9 @@ from trimtab_server.decoding.choice_delta import ChoiceDelta
 from trimtab_server.decoding.generation import Generator
 from trimtab_server.decoding.job import GenerationJob, JobResult, PromptResult
 from trimtab_server.engine.base import Candidate, EngineDelta
+
+_MAX_GAP = 2
+"""Most characters between the texts of two tokens that neither of them shows."""
 
 PIECE_TOKENS = 8
 """Tokens of a chunk of a choice that is sent after it was chosen."""
@@ -194,11 +197,27 @@ def _token_texts(job: GenerationJob, candidate: Candidate) -> list[str] | None:
     texts = texts[len(texts) - len(candidate.token_ids) :]  # those of an echoed prompt come first
     if len(texts) != len(candidate.token_ids):
         return None
-    if "".join(texts) == candidate.text:
-        return texts
-    if "".join(texts[:-1]) == candidate.text:
-        return [*texts[:-1], ""]  # the token that ended it is not part of the text
-    return None
+    return _aligned(texts, candidate.text)
+
+
+def _aligned(tokens: Sequence[str], text: str) -> list[str] | None:
+    """A text cut behind each of its tokens; None where they are not found in it one after the other.
+
+    Some tokenizers show a token without the space before it, and what ended the answer is not part of its text.
+    """
+    pieces, end = [], 0
+    for token in tokens:
+        at = text.find(token.strip(), end)
+        if not end <= at <= end + _MAX_GAP:
+            break
+        pieces.append(text[end : at + len(token.strip())])
+        end += len(pieces[-1])
+    if len(pieces) < len(tokens) - 1:
+        return None
+    pieces += [""] * (len(tokens) - len(pieces))
+    if pieces:
+        pieces[-1] += text[end:]
+    return pieces if pieces or not text else None
 
 
 def _sliced(logprobs: Any, start: int, end: int, num_tokens: int) -> Any:
