@@ -2,18 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
-from trimtab_adapters.contract.rewards import RewardKind
 from trimtab_server.commands.admin_client import AdminClient
 from trimtab_server.commands.errors import CommandError
 from trimtab_server.commands.options import DEFAULT_URL, AdminKey, AsJson, Url
 from trimtab_server.commands.output import print_json, print_line, print_rows
 
 _COLUMNS = {"name": "NAME", "kind": "KIND", "target": "TARGET", "options": "OPTIONS"}
-_KINDS = ", ".join(get_args(RewardKind))
+KINDS = ("callable", "hf_classifier", "http", "keywords", "sentiment", "regex", "json_schema", "llm_judge", "composite")
+"""Those of the contract, which is not imported here: it takes longer to load than most commands take to run."""
 
 Name = Annotated[str, typer.Argument(help="Name of the reward.")]
 
@@ -27,7 +27,7 @@ def list_rewards(url: Url = DEFAULT_URL, admin_key: AdminKey = None, as_json: As
 
 def add(
     name: Name,
-    kind: Annotated[str, typer.Option(help=f"One of {_KINDS}.")],
+    kind: Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")],
     target: Annotated[str, typer.Option(help="Entry point, directory or hub id, URL, or pattern; see the kind.")] = "",
     option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE, with a JSON value or text; may be repeated.")

@@ -146,7 +146,7 @@ class GuardedModel:
 
 
 def _call(model: AnyReward, inputs: Sequence[RewardInput]) -> list[float] | BaseException:
-    """Run a model in a thread. What it raises is returned: StopIteration and SystemExit do not pass through a future."""
+    """Run a model in a thread. What it raises is returned: StopIteration and SystemExit do not pass a future."""
     try:
         return list(model.score(inputs))  # type: ignore[arg-type]
     except (Exception, SystemExit) as exc:  # noqa: BLE001

@@ -49,9 +49,7 @@ class BatchQueue:
         piece = _Piece(tuple(inputs), asyncio.get_running_loop().create_future())
         self._waiting.append(piece)
         if len(self._workers) < self._max_concurrency:
-            worker = asyncio.create_task(self._drain())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            self._workers.add(asyncio.create_task(self._drain()))
         return await piece.scored
 
     async def _drain(self) -> None:
@@ -65,6 +63,9 @@ class BatchQueue:
                 piece.scored.cancel()
             self._waiting.clear()
             raise
+        finally:
+            # In the same step in which the queue was found empty: whatever is put in later starts a new worker.
+            self._workers.discard(asyncio.current_task())  # type: ignore[arg-type]
 
     def _next_batch(self) -> list[_Piece]:
         batch: list[_Piece] = []
