@@ -97,7 +97,9 @@ class Endpoint:
         message = f"the server of the reward {self._reward!r} answered {status}"
         if response.status_code in _PASSES:
             raise RewardUnavailableError(message, retry_after_s=_retry_after_s(response.headers.get("Retry-After")))
-        if response.is_redirect:
+        if response.status_code in (400, 413, 422):
+            message += "; as a rule a text is empty, or longer than it reads"
+        elif response.is_redirect:
             message += "; redirects are not followed, so register the final address"
         raise RewardError(message)
 
