@@ -6,6 +6,7 @@
 | `EngineRequestError`, engine said 4xx | the engine's | `invalid_request_error` |
 | `EngineRequestError`, engine said 5xx, 401 or 403 | 502 | `server_error` |
 | `EngineUnavailableError`, `EngineDiedError` | 503 and `Retry-After` | `server_error` |
+| `RewardUnavailableError`, `RewardChangedError` | 503 and `Retry-After` | `server_error` |
 | `EngineTimeoutError` | 504 | `server_error` |
 | other `TrimtabError` | their own (500, 502) | `server_error` |
 | framework errors (unknown URL, wrong method, body too large) | their own | `invalid_request_error` |
@@ -14,6 +15,7 @@
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,8 @@ from trimtab_adapters.contract.errors import (
     EngineDiedError,
     EngineRequestError,
     EngineUnavailableError,
+    RewardChangedError,
+    RewardUnavailableError,
     TrimtabError,
 )
 
@@ -74,6 +78,8 @@ def error_answer(exc: BaseException) -> ErrorAnswer:
             headers: dict[str, str] = {}
             if isinstance(exc, EngineUnavailableError | EngineDiedError):
                 headers["Retry-After"] = str(exc.retry_after_s)
+            elif isinstance(exc, RewardUnavailableError | RewardChangedError):
+                headers["Retry-After"] = str(_retry_after_s(exc))
             elif isinstance(exc, AuthenticationError):
                 headers["WWW-Authenticate"] = "Bearer"
             return ErrorAnswer(exc.status, error_object(exc.message, exc.type, param=exc.param, code=exc.code), headers)
@@ -85,6 +91,12 @@ def error_answer(exc: BaseException) -> ErrorAnswer:
             )
         case _:
             return ErrorAnswer(500, error_object(INTERNAL_ERROR, "server_error", code="internal_error"))
+
+
+def _retry_after_s(exc: RewardUnavailableError | RewardChangedError) -> int:
+    """Whole seconds, as the header has them; 1 where nobody knows better."""
+    known = exc.retry_after_s if isinstance(exc, RewardUnavailableError) else None
+    return max(1, math.ceil(known)) if known is not None else 1
 
 
 def _engine_refusal(exc: EngineRequestError) -> ErrorAnswer:

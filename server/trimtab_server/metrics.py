@@ -12,6 +12,7 @@ from trimtab_server.decoding.choice_delta import ChoiceDelta
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.decoding.usage import total_usage
 from trimtab_server.errors import error_answer
+from trimtab_server.reward_metrics import RewardMetrics
 from trimtab_server.sse import ClientDisconnectedError
 
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -49,6 +50,7 @@ class Metrics:
         self.whole = histogram("e2e_request_latency_seconds", "From admission to the last byte.", _WHOLE)
         self.kl = histogram("steering_kl_nats", "Mean KL(steered || base) per token of a candidate.", _KL)
         self.outcomes = OutcomeMetrics(self.registry)
+        self.rewards = RewardMetrics(self.registry)
 
     def watch_engine(self, last_status: Callable[[], EngineStatus | None]) -> None:
         """Show what an engine last said of its adapter versions. Call it once."""

@@ -24,6 +24,7 @@ from trimtab_server.decoding.scoring import CalibratedScoring
 from trimtab_server.engine.residency import Residency
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
+from trimtab_server.metrics import Metrics
 from trimtab_server.rewards.registry import RewardRegistry
 from trimtab_server.settings import Settings
 from trimtab_server.storage.calibrators import SqlCalibratorStore
@@ -96,7 +97,8 @@ async def build_parts(settings: Settings) -> GatewayParts:
     background: list[Run] = []
     engine = _build_engine(settings, background)
     residency = Residency(engine, catalog, wait_s=settings.adapter_wait_s)
-    rewards = RewardRegistry(SqlRewardSpecs(database))
+    metrics = Metrics()
+    rewards = RewardRegistry(SqlRewardSpecs(database), environment=os.environ, observer=metrics.rewards)
     calibrators = ReferenceCalibrators(SqlCalibratorStore(database), default_size=max(1, settings.calibration_size))
 
     async def base_vocabulary() -> tuple[str, int] | None:
@@ -132,7 +134,8 @@ async def build_parts(settings: Settings) -> GatewayParts:
         scoring=CalibratedScoring(rewards, calibrators),
         routers=[build_admin_router(admin)],
         background=[*background, residency.keep_converged],
-        on_stop=[rollout_log.aclose, close_database],
+        metrics=metrics,
+        on_stop=[rewards.aclose, rollout_log.aclose, close_database],
     )
 
 

@@ -213,6 +213,36 @@ class RewardError(TrimtabError):
     default_code = "reward_failed"
 
 
+class RewardUnavailableError(RewardError):
+    """Whatever keeps a reward from answering may pass, so the same call may succeed later.
+
+    A reward of one's own may raise it too: it is tried again, and too many of them in a row open the circuit breaker.
+
+    Args:
+        message: Shown to the caller.
+        retry_after_s: When to ask again, in seconds, where that is known.
+        is_retriable: Whether the gateway may try again by itself, for the same call.
+    """
+
+    status = 503
+    default_code = "reward_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, is_retriable: bool = True) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.is_retriable = is_retriable
+
+
+class RewardChangedError(RewardError):
+    """The reward answered from another version than the one that the request began with.
+
+    Scores of two versions cannot be compared, so none are given.
+    """
+
+    status = 503
+    default_code = "reward_changed"
+
+
 class StorageError(TrimtabError):
     """The database or the spool failed."""
 

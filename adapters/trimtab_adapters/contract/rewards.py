@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from trimtab_adapters.contract.errors import RewardError
 
@@ -45,6 +45,34 @@ class RewardModel(Protocol):
         ...
 
 
+@runtime_checkable
+class AsyncRewardModel(Protocol):
+    """A `RewardModel` that is awaited on the event loop: one that waits for something elsewhere.
+
+    The version that `version` gives when `score` is called is the one that the scores are of. A model that is answered
+    from another raises `RewardChangedError`, and gives the new version from then on.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name that routes and jobs use."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever scores could change."""
+        ...
+
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        """One finite number per input, in order. Must not block; several calls may be under way at a time.
+
+        Raises:
+            RewardUnavailableError: None could be computed, but asking again may help.
+            RewardError: Any of them could not be computed.
+        """
+        ...
+
+
 Combine = Literal["mean", "min", "product"]
 """How several calibrated rewards become one: a trade-off, the worst of them, or all must hold."""
 
@@ -58,7 +86,7 @@ class RewardMix(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     combine: Combine = "mean"
-    weights: dict[str, float] = Field(min_length=1)
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
     """Weight of each reward, by name; positive. `min` and `product` take no notice of them."""
 
     @property
@@ -75,18 +103,33 @@ RewardChoice = str | RewardMix
 """What a request's `reward` may be: the name of a registered reward, or a mix."""
 
 
+RewardKind = Literal[
+    "callable",
+    "hf_classifier",
+    "http",
+    "keywords",
+    "sentiment",
+    "regex",
+    "json_schema",
+    "llm_judge",
+    "composite",
+]
+"""What a registered reward is."""
+
+
 class RewardSpec(BaseModel):
     """How a reward is built, as the admin API and configuration write it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    kind: Literal["callable", "hf_classifier"]
-    """`callable` (an entry point of the group `trimtab.rewards`) or `hf_classifier` (a local directory or hub id)."""
-    target: str
-    """Entry point name for `callable`; directory or hub id for `hf_classifier`."""
-    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """For `callable` keyword arguments; for `hf_classifier` the fields of `ClassifierOptions`."""
+    kind: RewardKind
+    target: str = ""
+    """What is scored with: an entry point's name for `callable`, a directory or hub id for `hf_classifier`, an URL for
+    `http` and `llm_judge`, a regular expression for `regex`; empty for the other kinds."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """The kind's own, and limits on time, retries and size that all kinds have; `docs/rewards.md` lists them. For
+    `callable` all others are keyword arguments."""
 
 
 def check_scores(reward: str, scores: Sequence[object], num_inputs: int) -> list[float]:

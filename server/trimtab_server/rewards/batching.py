@@ -1,51 +1,75 @@
-"""Batches the score calls of concurrent requests for one reward and keeps them off the event loop."""
+"""A reward on the request path: its cache, its queue, its limits and its breaker around one model."""
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from trimtab_adapters.contract.errors import RewardError
-from trimtab_adapters.contract.rewards import RewardInput, RewardModel, check_scores
+from trimtab_adapters.contract.errors import RewardChangedError, RewardError, RewardUnavailableError
+from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_server.rewards.attempts import AnyReward, AttemptObserver, GuardedModel, Scored, is_async
+from trimtab_server.rewards.batch_queue import BatchQueue
+from trimtab_server.rewards.breaker import Breaker, BreakerState
+from trimtab_server.rewards.limits import RewardLimits
+from trimtab_server.rewards.score_cache import ScoreCache
 
-MAX_BATCH_SIZE = 64
-TIMEOUT_S = 300.0
+_MAX_VERSIONS = 3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _ScoreCall:
-    """One caller's inputs and where it waits for the scores."""
+class RewardObserver(AttemptObserver, Protocol):
+    """Is told of attempts and calls."""
 
-    inputs: tuple[RewardInput, ...]
-    scores: asyncio.Future[list[float]]
+    def call(self, reward: str, *, num_inputs: int, num_cached: int, duration_s: float) -> None:
+        """A call was answered."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewardState:
+    """What an admin sees of a reward that is in use.
+
+    Attributes:
+        breaker: Whether it is asked at all.
+        num_cached: Scores that are kept.
+        num_cache_hits: Scores that were given from there so far.
+    """
+
+    breaker: BreakerState
+    num_cached: int
+    num_cache_hits: int
 
 
 class BatchedReward:
-    """One reward model behind a queue: at most one batch runs at a time, in a worker thread.
+    """One model behind a cache and a queue, within limits; an `AsyncReward`. Belongs to one event loop.
 
-    A batch is what has been queued while the one before it ran; an idle reward starts at once. Equal inputs of a batch
-    are scored once. When a batch fails, each of its calls is run again alone, so that a bad input fails only the
-    caller who sent it. Belongs to one event loop.
+    Kinds that run in a thread have one batch at a time, and a call is never split. Calls of awaited kinds are split
+    into batches of their own size, several of which run at a time.
 
     Args:
         model: The reward.
-        max_batch_size: Most inputs of a batch of several calls. A single call with more inputs is not split: memory
-            is the model's own concern.
-        timeout_s: How long a call may take, waiting included. A thread cannot be stopped, so a reward that hangs
-            answers later calls only with this error until it returns.
+        limits: Of time, retries, sizes and cache.
+        observer: Is told of attempts and calls.
     """
 
     def __init__(
-        self, model: RewardModel, *, max_batch_size: int = MAX_BATCH_SIZE, timeout_s: float = TIMEOUT_S
+        self, model: AnyReward, limits: RewardLimits | None = None, observer: RewardObserver | None = None
     ) -> None:
         self._model = model
-        self._max_batch_size = max_batch_size
-        self._timeout_s = timeout_s
-        self._queue: deque[_ScoreCall] = deque()
-        self._worker: asyncio.Task[None] | None = None
+        self._limits = limits or RewardLimits()
+        self._observer = observer
+        self._breaker = Breaker(
+            model.name, threshold=self._limits.breaker_threshold, cooldown_s=self._limits.breaker_cooldown_s
+        )
+        self._cache = ScoreCache(max_size=self._limits.cache_size, ttl_s=self._limits.cache_ttl_s)
+        guarded = GuardedModel(model, self._limits, self._breaker, observer)
+        self._queue = BatchQueue(
+            guarded.score,
+            max_batch_size=self._limits.max_batch_size,
+            max_concurrency=self._limits.max_concurrency if is_async(model) else 1,
+        )
 
     @property
-    def model(self) -> RewardModel:
+    def model(self) -> AnyReward:
         """The reward itself."""
         return self._model
 
@@ -59,81 +83,93 @@ class BatchedReward:
         """Changes whenever scores could change."""
         return self._model.version
 
+    @property
+    def state(self) -> RewardState:
+        """What an admin sees of it."""
+        return RewardState(self._breaker.state, len(self._cache), self._cache.num_hits)
+
     async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
-        """One finite number per input, in order.
+        """One finite number per input, in order, all of one version.
 
         Raises:
             RewardError: One of them could not be computed, or not in time.
         """
+        return (await self.scored(inputs)).scores
+
+    async def scored(self, inputs: Sequence[RewardInput]) -> Scored:
+        """The same, with the version that gave them. Raises `RewardError`."""
         if not inputs:
-            return []
-        call = _ScoreCall(tuple(inputs), asyncio.get_running_loop().create_future())
-        self._queue.append(call)
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._drain())
+            return Scored(self.version, [])
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        deadline_s = self._limits.deadline_s
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await call.scores
+            async with asyncio.timeout(deadline_s):
+                scored, num_cached = await self._look_up_or_score(inputs)
         except TimeoutError as exc:
-            raise RewardError(f"the reward {self.name!r} did not answer within {self._timeout_s:g} s") from exc
+            raise RewardUnavailableError(
+                f"the reward {self.name!r} did not answer within {deadline_s:g} s", is_retriable=False
+            ) from exc
+        if self._observer is not None:
+            self._observer.call(
+                self.name, num_inputs=len(inputs), num_cached=num_cached, duration_s=loop.time() - started
+            )
+        return scored
 
-    async def _drain(self) -> None:
-        batch: list[_ScoreCall] = []
+    async def _look_up_or_score(self, inputs: Sequence[RewardInput]) -> tuple[Scored, int]:
+        for _ in range(_MAX_VERSIONS):
+            version = self.version
+            known = self._cache.find(version, inputs)
+            missing = [item for item in inputs if item not in known]
+            if not missing:
+                return Scored(version, [known[item] for item in inputs]), len(known)
+            self._breaker.check()
+            scored = await self._score_missing(missing, inputs)
+            found = dict(zip(missing, scored.scores, strict=True))
+            self._cache.keep(scored.version, found)
+            if scored.version == version or not known:  # Else what was known is of an old version.
+                found |= known
+                return Scored(scored.version, [found[item] for item in inputs]), len(known)
+        raise self._changed()
+
+    async def _score_missing(self, missing: list[RewardInput], inputs: Sequence[RewardInput]) -> Scored:
         try:
-            while batch := self._next_batch():
-                await self._run(batch)
+            return await self._score_in_pieces(missing)
+        except (RewardUnavailableError, RewardChangedError):
+            raise
+        except RewardError:
+            if len(missing) == len(inputs):
+                raise
+        # Once more with every input, so that the position in the error message is the caller's own.
+        scored = await self._score_in_pieces(inputs)
+        by_input = dict(zip(inputs, scored.scores, strict=True))
+        return Scored(scored.version, [by_input[item] for item in missing])
+
+    async def _score_in_pieces(self, inputs: Sequence[RewardInput]) -> Scored:
+        size = self._limits.max_batch_size
+        if len(inputs) <= size or not is_async(self._model):
+            return await self._queue.put(inputs)
+        tasks = [asyncio.create_task(self._put_piece(inputs, at, size)) for at in range(0, len(inputs), size)]
+        try:
+            pieces = await asyncio.gather(*tasks)
         finally:
-            self._worker = None
-            # Reached with calls left only when the loop is shutting down and this task was cancelled.
-            for call in (*batch, *self._queue):
-                call.scores.cancel()
-            self._queue.clear()
+            # After a failure the others are of no use.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if len({piece.version for piece in pieces}) > 1:
+            raise self._changed()
+        return Scored(pieces[0].version, [score for piece in pieces for score in piece.scores])
 
-    def _next_batch(self) -> list[_ScoreCall]:
-        batch: list[_ScoreCall] = []
-        size = 0
-        while self._queue and (not batch or size + len(self._queue[0].inputs) <= self._max_batch_size):
-            call = self._queue.popleft()
-            if not call.scores.done():  # Its caller may have gone.
-                batch.append(call)
-                size += len(call.inputs)
-        return batch
+    async def _put_piece(self, inputs: Sequence[RewardInput], start: int, size: int) -> Scored:
+        piece = inputs[start : start + size]
+        try:
+            return await self._queue.put(piece)
+        except (RewardUnavailableError, RewardChangedError):
+            raise
+        except RewardError as exc:
+            where = f"{start + 1}" if len(piece) == 1 else f"{start + 1} to {start + len(piece)}"
+            raise RewardError(f"{exc.message} (this is of outputs {where} of {len(inputs)})") from exc
 
-    async def _run(self, batch: list[_ScoreCall]) -> None:
-        inputs = [item for call in batch for item in call.inputs]
-        distinct = list(dict.fromkeys(inputs))
-        result = await asyncio.to_thread(_score, self._model, distinct)
-        if not isinstance(result, RewardError):
-            scores = dict(zip(distinct, result, strict=True))
-            for call in batch:
-                _answer(call, [scores[item] for item in call.inputs])
-        elif len(batch) == 1 and len(distinct) == len(inputs):
-            _answer(batch[0], result)
-        else:
-            # Alone and with every input, so that the position in an error message is the caller's own.
-            for call in batch:
-                if not call.scores.done():
-                    _answer(call, await asyncio.to_thread(_score, self._model, call.inputs))
-
-
-def _answer(call: _ScoreCall, result: list[float] | RewardError) -> None:
-    if call.scores.done():
-        return
-    if isinstance(result, RewardError):
-        call.scores.set_exception(result)
-    else:
-        call.scores.set_result(result)
-
-
-def _score(model: RewardModel, inputs: Sequence[RewardInput]) -> list[float] | RewardError:
-    """Run the model; what goes wrong comes back as a value, so that a batch can be taken apart."""
-    try:
-        return check_scores(model.name, model.score(inputs), len(inputs))
-    except RewardError as exc:
-        return exc
-    # A reward is foreign code. Whatever it raises, SystemExit included, is its callers' error and must neither end the
-    # queue nor, by way of the event loop, the server.
-    except (Exception, SystemExit) as exc:  # noqa: BLE001
-        error = RewardError(f"the reward {model.name!r} raised {type(exc).__name__}")
-        error.__cause__ = exc
-        return error
+    def _changed(self) -> RewardChangedError:
+        return RewardChangedError(f"the reward {self.name!r} changed its version while outputs were scored; ask again")

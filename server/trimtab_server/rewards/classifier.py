@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictInt, StrictStr
 
 from trimtab_adapters.contract.errors import InvalidRequestError, RewardError
 from trimtab_adapters.contract.rewards import RewardInput, RewardSpec, check_scores
+from trimtab_server.rewards.limits import LIMIT_NAMES, RewardLimits, parse_options
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -18,10 +19,8 @@ _UNSET_LENGTH = 10**9
 """Tokenizers without a limit report a huge one."""
 
 
-class ClassifierOptions(BaseModel):
+class ClassifierOptions(RewardLimits):
     """The `options` of a reward of kind `hf_classifier`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: StrictInt | StrictStr | None = None
     """Name or index of the class that is wanted; the last one when not given."""
@@ -88,7 +87,7 @@ class ClassifierReward:
         Raises:
             InvalidRequestError: The options do not fit, or the classifier cannot be loaded.
         """
-        options = _parse_options(spec)
+        options = parse_options(ClassifierOptions, spec, has_target=True)
         directory = _resolve(spec.target, options.revision, download or _download)
         _check_files(directory)
         model, tokenizer = _load(directory, options)
@@ -186,15 +185,6 @@ class ClassifierReward:
                 )[:, self._label]
                 values = log_probs if self._options.function == "log_probability" else log_probs.exp()
             return [float(v) for v in values.tolist()]
-
-
-def _parse_options(spec: RewardSpec) -> ClassifierOptions:
-    try:
-        return ClassifierOptions.model_validate(dict(spec.options))
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(["options", *(str(part) for part in first["loc"][:1])])
-        raise InvalidRequestError(f"{where}: {first['msg']}", param=where) from exc
 
 
 def _resolve(target: str, revision: str | None, download: Callable[[str, str | None], Path]) -> Path:
@@ -314,5 +304,5 @@ def _hash(directory: Path, options: ClassifierOptions) -> str:
     for path in sorted({path for pattern in _FILES for path in directory.glob(pattern)}):
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    digest.update(options.model_dump_json(exclude={"batch_size", "device", "revision"}).encode())
+    digest.update(options.model_dump_json(exclude={*LIMIT_NAMES, "batch_size", "device", "revision"}).encode())
     return digest.hexdigest()[:16]

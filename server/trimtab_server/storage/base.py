@@ -133,6 +133,10 @@ class RewardSpecs(Protocol):
         """Add or replace by name."""
         ...
 
+    async def delete(self, name: str) -> bool:
+        """Whether there was one of that name. Raises `ConflictError` while a route names it."""
+        ...
+
 
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 

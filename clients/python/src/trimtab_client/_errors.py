@@ -129,7 +129,7 @@ class BadGatewayError(InternalServerError):
 
 
 class ServiceUnavailableError(InternalServerError):
-    """503: no engine is ready, or it went away; the same request may be sent again."""
+    """503: no engine or reward is ready, or it went away; the same request may be sent again."""
 
 
 STATUS_CLASSES: Mapping[int, type[APIStatusError]] = {
@@ -150,6 +150,8 @@ STREAM_STATUSES: Mapping[str, int] = {
     "engine_died": 503,
     "engine_error": 502,
     "reward_failed": 502,
+    "reward_unavailable": 503,
+    "reward_changed": 503,
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,

@@ -69,7 +69,7 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
             adapter_roots=parts.adapter_roots,
         )
     )
-    router.include_router(build_routes_router(parts.catalog, switcher, check_reward=parts.rewards.batched))
+    router.include_router(build_routes_router(parts.catalog, switcher, check_reward=parts.rewards.resolve))
     router.include_router(build_rollouts_router(parts.reader, parts.flush))
     router.include_router(build_training_jobs_router(parts.jobs))
     router.include_router(build_rewards_router(parts.rewards))

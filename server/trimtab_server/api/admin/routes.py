@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MAX_BEST_OF = 128
 
 CheckReward = Callable[[str], Awaitable[object]]
-"""Raises `NotFoundError` or `RewardError` for a reward that cannot be used, for example `RewardRegistry.get`."""
+"""Raises `NotFoundError` or `RewardError` for a reward that cannot be used, for example `RewardRegistry.resolve`."""
 
 
 class PutRoute(Body):

@@ -11,13 +11,15 @@ from fastapi import FastAPI
 
 from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError, TrimtabError
 from trimtab_adapters.contract.params import VersionId
-from trimtab_adapters.contract.rewards import RewardInput, RewardSpec
+from trimtab_adapters.contract.rewards import RewardChoice, RewardInput, RewardSpec
 from trimtab_adapters.store import VersionStore
 from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.auth import Auth
 from trimtab_server.engine.adapter_memory import VersionResidency
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.errors import install_error_handlers
+from trimtab_server.rewards.attempts import Scored
+from trimtab_server.rewards.registry import RewardReport
 from trimtab_server.settings import Settings
 from trimtab_server.storage.base import AdapterVersion
 from trimtab_server.storage.catalog import SqlCatalog
@@ -69,9 +71,9 @@ class LengthReward:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+    async def scored(self, inputs: Sequence[RewardInput]) -> Scored:
         self.batches.append(len(inputs))
-        return [float(len(item.output)) for item in inputs]
+        return Scored(self.version, [float(len(item.output)) for item in inputs])
 
 
 class OneReward:
@@ -86,14 +88,23 @@ class OneReward:
             raise NotFoundError(f"the reward {name!r} does not exist", param="reward", code="reward_not_found")
         return self.reward
 
+    async def resolve(self, choice: RewardChoice) -> object:
+        return await self.batched(str(choice))
+
     async def list(self) -> Sequence[RewardSpec]:
         return self.specs
 
-    async def add(self, spec: RewardSpec) -> Any:
+    async def report(self, name: str) -> RewardReport:
+        raise AssertionError("not scripted")
+
+    async def add(self, spec: RewardSpec) -> str:
         if spec.target == "nowhere":
             raise InvalidRequestError("there is no entry point 'nowhere'", param="target")
         self.specs.append(spec)
-        return self.reward
+        return self.reward.version
+
+    async def remove(self, name: str) -> None:
+        raise AssertionError("not scripted")
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 from trimtab_adapters.contract.errors import RewardError
 from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.rewards.batching import BatchedReward
+from trimtab_server.rewards.limits import RewardLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +73,7 @@ async def test_calls_that_wait_share_one_batch_and_each_gets_its_own_scores() ->
 
 async def test_a_batch_keeps_to_its_size_and_one_large_call_is_not_split() -> None:
     model = GatedReward()
-    reward = BatchedReward(model, max_batch_size=4)
+    reward = BatchedReward(model, RewardLimits(max_batch_size=4))
     first = await first_batch_runs(model, reward)
     tasks = await queued(
         reward, inputs("a", "b", "c"), inputs("d"), inputs("e"), inputs("f", "g", "h", "i", "j"), inputs("k")
@@ -168,8 +169,8 @@ async def test_a_caller_who_leaves_is_not_scored_and_disturbs_no_one() -> None:
 
 async def test_a_reward_that_hangs_is_an_error_in_time() -> None:
     model = GatedReward()
-    reward = BatchedReward(model, timeout_s=0.0)
-    with pytest.raises(RewardError, match="'length' did not answer within 0 s"):
+    reward = BatchedReward(model, RewardLimits(deadline_s=0.01))
+    with pytest.raises(RewardError, match="'length' did not answer within 0.01 s"):
         await reward.score(inputs("a"))
     model.gate.set()
 

@@ -13,7 +13,7 @@ import pytest
 
 from trimtab_adapters.contract.errors import InvalidRequestError, RewardError
 from trimtab_adapters.contract.rewards import RewardInput, RewardModel
-from trimtab_server.rewards.callable import ENTRY_POINT_GROUP, CallableReward
+from trimtab_server.rewards.callable import ENTRY_POINT_GROUP, load_callable, wrap_callable
 
 SECRET = "my password is hunter2"
 
@@ -61,7 +61,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
 
 
 def test_a_function_of_prompt_and_output_scores_each_input_in_order() -> None:
-    reward = CallableReward.wrap("length", length)
+    reward = wrap_callable("length", length)
     assert isinstance(reward, RewardModel)
     assert reward.name == "length"
     assert reward.score(inputs("abc", "", "ab")) == [3.0, 0.0, 2.0]
@@ -69,23 +69,23 @@ def test_a_function_of_prompt_and_output_scores_each_input_in_order() -> None:
 
 @pytest.mark.parametrize("scorer", [batch_lengths, Scaled(), Scaled])
 def test_batch_functions_objects_and_classes_score_a_batch(scorer: object) -> None:
-    assert CallableReward.wrap("r", scorer).score(inputs("abc", "", "ab")) == [3.0, 0.0, 2.0]
+    assert wrap_callable("r", scorer).score(inputs("abc", "", "ab")) == [3.0, 0.0, 2.0]
 
 
 def test_options_reach_functions_and_classes() -> None:
-    assert CallableReward.wrap("r", keyword_share, {"keyword": "b"}).score(inputs("abbb")) == [0.75]
-    assert CallableReward.wrap("r", Scaled, {"factor": 2.0}).score(inputs("abc")) == [6.0]
+    assert wrap_callable("r", keyword_share, {"keyword": "b"}).score(inputs("abbb")) == [0.75]
+    assert wrap_callable("r", Scaled, {"factor": 2.0}).score(inputs("abc")) == [6.0]
 
 
 def test_numbers_of_numpy_and_truth_values_are_numbers() -> None:
-    assert CallableReward.wrap("r", lambda prompt, output: np.float32(0.5)).score(inputs("a")) == [0.5]
-    assert CallableReward.wrap("r", lambda inputs: np.array([1.5, 2.5])).score(inputs("a", "b")) == [1.5, 2.5]
-    assert CallableReward.wrap("r", lambda prompt, output: output == "a").score(inputs("a", "b")) == [1.0, 0.0]
+    assert wrap_callable("r", lambda prompt, output: np.float32(0.5)).score(inputs("a")) == [0.5]
+    assert wrap_callable("r", lambda inputs: np.array([1.5, 2.5])).score(inputs("a", "b")) == [1.5, 2.5]
+    assert wrap_callable("r", lambda prompt, output: output == "a").score(inputs("a", "b")) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 10**400, None, "1.0", Decimal("1.0"), 1j, [1.0]])
 def test_anything_but_a_finite_number_is_an_error_that_names_reward_and_position(bad: Any) -> None:
-    reward = CallableReward.wrap("picky", lambda prompt, output: bad if output == SECRET else 1.0)
+    reward = wrap_callable("picky", lambda prompt, output: bad if output == SECRET else 1.0)
     with pytest.raises(RewardError, match=r"'picky'.* for output 2 of 3") as caught:
         reward.score(inputs("a", SECRET, "b"))
     assert SECRET not in caught.value.message
@@ -99,7 +99,7 @@ def test_an_exception_is_a_reward_error_without_the_text(error: BaseException) -
         return 0.0
 
     with pytest.raises(RewardError) as caught:
-        CallableReward.wrap("fragile", fail).score(inputs("a", SECRET))
+        wrap_callable("fragile", fail).score(inputs("a", SECRET))
     assert caught.value.message == f"the reward 'fragile' raised {type(error).__name__} for output 2 of 2"
     assert caught.value.__cause__ is error
 
@@ -109,23 +109,23 @@ def test_a_batch_function_that_raises_or_miscounts_is_a_reward_error() -> None:
         raise ValueError(SECRET)
 
     with pytest.raises(RewardError, match="'r' raised ValueError on a batch of 2 outputs"):
-        CallableReward.wrap("r", fail).score(inputs("a", "b"))
+        wrap_callable("r", fail).score(inputs("a", "b"))
     with pytest.raises(RewardError, match="returned 1 scores for 2 outputs"):
-        CallableReward.wrap("r", lambda inputs: [1.0]).score(inputs("a", "b"))
+        wrap_callable("r", lambda inputs: [1.0]).score(inputs("a", "b"))
     with pytest.raises(RewardError, match="raised TypeError"):
-        CallableReward.wrap("r", lambda inputs: 1.0).score(inputs("a"))
+        wrap_callable("r", lambda inputs: 1.0).score(inputs("a"))
 
 
 def test_an_entry_point_is_loaded_by_name(module: Callable[[str], str]) -> None:
     name = module("def f(prompt, output):\n    return len(output)\n")
-    reward = CallableReward.load("mine", "kind", lookup=publish(kind=f"{name}:f"))
+    reward = load_callable("mine", "kind", lookup=publish(kind=f"{name}:f"))
     assert reward.name == "mine"
     assert reward.score(inputs("abc")) == [3.0]
 
 
 def test_the_version_changes_with_the_source_of_the_module_only(module: Callable[[str], str]) -> None:
     def version(source: str) -> str:
-        return CallableReward.load("r", "f", lookup=publish(f=f"{module(source)}:f")).version
+        return load_callable("r", "f", lookup=publish(f=f"{module(source)}:f")).version
 
     source = "WORDS = {'good'}\ndef f(prompt, output):\n    return len(WORDS & set(output.split()))\n"
     assert version(source) == version(source)
@@ -137,8 +137,8 @@ def test_an_explicit_version_wins_and_options_are_part_of_it() -> None:
         return scale
 
     f.version = "2.1"  # type: ignore[attr-defined]
-    assert CallableReward.wrap("r", f).version == "2.1"
-    versions = {CallableReward.wrap("r", f, {"scale": s}).version for s in (1.0, 2.0)}
+    assert wrap_callable("r", f).version == "2.1"
+    versions = {wrap_callable("r", f, {"scale": s}).version for s in (1.0, 2.0)}
     assert len(versions) == 2
     assert all(v.startswith("2.1+") for v in versions)
 
@@ -149,7 +149,7 @@ def test_a_class_may_compute_its_version_for_each_object() -> None:
         def version(self) -> str:
             return f"weights-{self.factor:g}"
 
-    assert CallableReward.wrap("r", Model).version == "weights-1"
+    assert wrap_callable("r", Model).version == "weights-1"
 
 
 @pytest.mark.parametrize("version", ["", "a@b", "x" * 65, "new\nline"])
@@ -157,17 +157,13 @@ def test_a_version_that_cannot_be_written_is_refused(version: str) -> None:
     scorer = Scaled()
     scorer.version = version  # type: ignore[attr-defined]
     with pytest.raises(InvalidRequestError, match="version"):
-        CallableReward.wrap("r", scorer)
+        wrap_callable("r", scorer)
 
 
 @pytest.mark.parametrize("scorer", [functools.partial(length, "p"), max])
 def test_code_without_a_source_must_give_its_version(scorer: object) -> None:
     with pytest.raises(InvalidRequestError, match="attribute `version`"):
-        CallableReward.wrap("r", scorer)
-
-
-async def _asynchronous(prompt: str, output: str) -> float:
-    return 0.0
+        wrap_callable("r", scorer)
 
 
 class _NoScore:
@@ -187,19 +183,18 @@ class _Broken:
         (length, {"keyword": "a"}, r"and the options \['keyword'\]"),
         (Scaled(), {"factor": 2.0}, "takes no options"),
         (Scaled, {"nonsense": 2.0}, r"cannot be made with options \['nonsense'\]"),
-        (_asynchronous, {}, "asynchronous"),
         (_NoScore, {}, r"is _NoScore; it must be .* a method score\(inputs\)"),
         (_Broken, {}, "OSError: no weights"),
     ],
 )
 def test_what_cannot_score_is_refused_when_it_is_loaded(scorer: object, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        CallableReward.wrap("r", scorer, options)
+        wrap_callable("r", scorer, options)
 
 
 def test_a_value_that_is_no_code_is_refused(module: Callable[[str], str]) -> None:
     with pytest.raises(InvalidRequestError, match="is int; it must be a function"):
-        CallableReward.load("r", "f", lookup=publish(f=f"{module('f = 3')}:f"))
+        load_callable("r", "f", lookup=publish(f=f"{module('f = 3')}:f"))
 
 
 @pytest.mark.parametrize(
@@ -210,12 +205,12 @@ def test_an_entry_point_that_cannot_be_imported_is_refused(
     module: Callable[[str], str], source: str, message: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=f"'f' .* cannot be imported: {message}"):
-        CallableReward.load("r", "f", lookup=publish(f=f"{module(source)}:f"))
+        load_callable("r", "f", lookup=publish(f=f"{module(source)}:f"))
 
 
 def test_an_unknown_entry_point_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidRequestError, match=r"'no'.*known: one, two"):
-        CallableReward.load("r", "no", lookup=publish(two="m:f", one="m:g"))
+        load_callable("r", "no", lookup=publish(two="m:f", one="m:g"))
 
 
 def test_an_entry_point_of_two_packages_is_refused_unless_it_is_the_same_object() -> None:
@@ -223,6 +218,6 @@ def test_an_entry_point_of_two_packages_is_refused_unless_it_is_the_same_object(
         return lambda: [*publish(f="math:fabs")(), *publish(f=other)()]
 
     with pytest.raises(InvalidRequestError, match="ambiguous: math:fabs, math:sqrt"):
-        CallableReward.load("r", "f", lookup=twice("math:sqrt"))
+        load_callable("r", "f", lookup=twice("math:sqrt"))
     with pytest.raises(InvalidRequestError, match="attribute `version`"):  # Found, and refused for its own reason.
-        CallableReward.load("r", "f", lookup=twice("math:fabs"))
+        load_callable("r", "f", lookup=twice("math:fabs"))

@@ -108,9 +108,9 @@ async def test_rewards_are_listed_by_name_without_being_built(
 async def test_an_added_reward_is_built_stored_and_served(builder: CountingBuilder) -> None:
     specs = MemoryRewardSpecs()
     registry = RewardRegistry(specs, entry_points=publish(), builders={"hf_classifier": builder})
-    model = await registry.add(spec("new", value=1.0))
+    assert await registry.add(spec("new", value=1.0)) == "v1"
     assert await specs.list() == (spec("new", value=1.0),)
-    assert await registry.get("new") is model
+    assert (await registry.batched("new")).version == "v1"
     assert builder.built == ["new"]
 
 
