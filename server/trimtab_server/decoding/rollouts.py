@@ -4,6 +4,7 @@ from typing import Any
 
 from trimtab_adapters.contract.params import SteeringOperators
 from trimtab_adapters.contract.records import RewardValue, Rollout
+from trimtab_adapters.contract.reference_policy import ENDPOINT
 from trimtab_adapters.contract.selection import BestOfN, Blockwise
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.engine.base import Candidate
@@ -74,9 +75,9 @@ def _rollout(
 
 def _reference(result: JobResult, prompt_index: int, candidate: Candidate, num_drawn: int) -> Rollout:
     body = result.job.reference_request(prompt_index, candidate.index).body
-    return _base(result, prompt_index, candidate, body).model_copy(
-        update={"num_candidates": num_drawn, "chosen": False}
-    )
+    rollout = _base(result, prompt_index, candidate, body)
+    metadata = {**rollout.metadata, ENDPOINT: result.job.endpoint}
+    return rollout.model_copy(update={"num_candidates": num_drawn, "chosen": False, "metadata": metadata})
 
 
 def _base(result: JobResult, prompt_index: int, candidate: Candidate, body: dict[str, Any]) -> Rollout:

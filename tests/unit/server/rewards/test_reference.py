@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from trimtab_adapters.contract.calibration import EmpiricalCalibrator, prompt_key
+from trimtab_adapters.contract.calibration import ReferenceScores, prompt_key
 from trimtab_adapters.contract.errors import (
     EngineError,
     EngineUnavailableError,
@@ -20,6 +20,7 @@ from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.decoding.reference import MemoryCalibratorStore, ReferenceCalibrators
 from trimtab_server.rewards.batching import BatchedReward
 from trimtab_server.rewards.callable import CallableReward
+from trimtab_server.rewards.resolved import ResolvedReward
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +31,14 @@ def length_reward(version: str = "1") -> BatchedReward:
     return BatchedReward(CallableReward("length", version, lambda inputs: [len(item.output) for item in inputs]))
 
 
+def alone(reward: BatchedReward) -> ResolvedReward:
+    return ResolvedReward(reward.name, reward.version, (reward,))
+
+
+def scores_of(*scores: float, reward: str = "length@1") -> ReferenceScores:
+    return ReferenceScores(tuple((score,) for score in scores), reference="base", reward=reward)
+
+
 async def get(
     calibrators: ReferenceCalibrators,
     draw: Any,
@@ -38,9 +47,9 @@ async def get(
     ids: Sequence[int] = (1, 2),
     prompt: str = "p",
     size: int | None = None,
-) -> EmpiricalCalibrator:
+) -> ReferenceScores:
     return await calibrators.get(
-        prompt=prompt, prompt_token_ids=ids, reward=reward or length_reward(), draw_reference=draw, size=size
+        prompt=prompt, prompt_token_ids=ids, reward=alone(reward or length_reward()), draw_reference=draw, size=size
     )
 
 
@@ -55,7 +64,7 @@ async def test_a_calibrator_is_drawn_scored_kept_and_stored(scripted_draw: Any) 
     calibrators = ReferenceCalibrators(store, default_size=3)
     draw = scripted_draw(list(TEXTS))
     calibrator = await get(calibrators, draw)
-    assert calibrator == EmpiricalCalibrator(scores=(1.0, 2.0, 3.0), reference="base", reward="length@1")
+    assert calibrator == scores_of(1.0, 2.0, 3.0)
     assert await store.get(prompt_key([1, 2], "p"), "length@1", "base") == calibrator
     assert await get(calibrators, draw) == calibrator
     assert draw.asked == [3]
@@ -79,7 +88,7 @@ async def test_fifty_callers_at_once_share_one_draw(scripted_draw: Any) -> None:
     gate.set()
     results = await asyncio.gather(*tasks)
     assert draw.asked == [4]
-    assert {result.scores for result in results} == {(1.0, 2.0, 3.0, 4.0)}
+    assert {result.rows for result in results} == {scores_of(1.0, 2.0, 3.0, 4.0).rows}
 
 
 @pytest.mark.parametrize("from_store", [False, True])
@@ -90,7 +99,7 @@ async def test_a_larger_size_draws_only_what_is_missing(scripted_draw: Any, from
     await get(calibrators, draw)
     if from_store:
         calibrators = ReferenceCalibrators(store)
-    assert (await get(calibrators, draw, size=5)).scores == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert (await get(calibrators, draw, size=5)) == scores_of(1.0, 2.0, 3.0, 4.0, 5.0)
     assert (await get(calibrators, draw, size=2)).size == 5
     assert draw.asked == [3, 2]
     stored = await store.get(prompt_key([1, 2], "p"), "length@1", "base")
@@ -186,7 +195,7 @@ async def test_a_calibrator_that_cannot_be_stored_is_still_used(
 ) -> None:
     class Full(MemoryCalibratorStore):
         @override
-        async def put(self, prompt_key: str, calibrator: EmpiricalCalibrator) -> None:
+        async def put(self, prompt_key: str, calibrator: ReferenceScores) -> None:
             raise StorageError("the disk is full")
 
     calibrators = ReferenceCalibrators(Full(), default_size=2)
@@ -201,9 +210,9 @@ async def test_a_calibrator_that_cannot_be_stored_is_still_used(
 async def test_memory_is_bounded_and_forgets_the_least_recently_used() -> None:
     store = MemoryCalibratorStore(max_size=2)
     for key in ("a", "b"):
-        await store.put(key, EmpiricalCalibrator.fit([0.0], reference="base", reward="r@1"))
+        await store.put(key, ReferenceScores.fit([[0.0]], reference="base", reward="r@1"))
     await store.get("a", "r@1", "base")
-    await store.put("c", EmpiricalCalibrator.fit([0.0], reference="base", reward="r@1"))
+    await store.put("c", ReferenceScores.fit([[0.0]], reference="base", reward="r@1"))
     assert await store.get("a", "r@1", "base") is not None
     assert await store.get("b", "r@1", "base") is None
     assert await store.get("c", "r@1", "base") is not None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trimtab_adapters.contract.calibration import EmpiricalCalibrator
+from trimtab_adapters.contract.calibration import ReferenceScores
 from trimtab_adapters.contract.rewards import RewardSpec
 from trimtab_server.storage.calibrators import SqlCalibratorStore
 from trimtab_server.storage.database import Database
@@ -13,17 +13,17 @@ pytestmark = pytest.mark.anyio
 
 async def test_a_calibrator_comes_back_exactly_and_can_be_replaced(database: Database) -> None:
     calibrators = SqlCalibratorStore(database)
-    first = EmpiricalCalibrator.fit([0.1, 1 / 3, -2.0], reference="base", reward="kind@1")
+    first = ReferenceScores.fit([[0.1, 1 / 3], [-2.0, 5e-324]], reference="base", reward="kind@1")
     await calibrators.put("prompt", first)
     assert await calibrators.get("prompt", "kind@1", "base") == first
-    second = EmpiricalCalibrator.fit([1.0], reference="base", reward="kind@1")
+    second = ReferenceScores.fit([[1.0]], reference="base", reward="kind@1")
     await calibrators.put("prompt", second)
     assert await SqlCalibratorStore(database).get("prompt", "kind@1", "base") == second
 
 
 async def test_a_calibrator_belongs_to_its_prompt_reward_and_reference(database: Database) -> None:
     calibrators = SqlCalibratorStore(database)
-    await calibrators.put("prompt", EmpiricalCalibrator.fit([0.1], reference="base", reward="kind@1"))
+    await calibrators.put("prompt", ReferenceScores.fit([[0.1]], reference="base", reward="kind@1"))
     assert await calibrators.get("other", "kind@1", "base") is None
     assert await calibrators.get("prompt", "kind@2", "base") is None
     assert await calibrators.get("prompt", "kind@1", "base@0.7") is None
