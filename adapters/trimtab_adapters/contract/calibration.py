@@ -75,7 +75,7 @@ class ReferenceScores:
     Attributes:
         rows: [K][m], one score per reward of a mix; m is 1 for a single reward.
         reference: What the rollouts were drawn from, as one string; see `ReferencePolicy.key`.
-        reward: Name and version of the rewards, `name@version`, joined by commas.
+        reward: Name and version of the rewards, `name@version`, one line each.
     """
 
     rows: tuple[tuple[float, ...], ...]

@@ -27,7 +27,10 @@ _ENDED = ("stop", "length", "tool_calls", "function_call", "content_filter")
 
 ENDPOINT = "endpoint"
 IDENTITY = "base_identity"
-"""Entries of a rollout's metadata: the engine's route of a reference rollout, and which base generated."""
+SELECTION = "selection"
+NUM_LEFT_OUT = "num_left_out"
+"""Entries of a rollout's metadata: the engine's route of a reference rollout, which base generated, the strategy where
+it is not the best of N, and how many candidates of the same request failed and are not logged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,14 @@ class ReferencePolicy:
         """The policy that a logged rollout is an independent sample of; None when it is not one of any.
 
         Not one are: steered rollouts; those drawn with a seed, which another request may have drawn as well; those that
-        were cut short; those of a selection that stopped or branched by what it saw (its settings are in `sampling`,
-        so that they differ from those of a plain request).
+        were cut short; those of a strategy that stopped or branched by what it saw; those whose request left some out.
         """
         endpoint = rollout.metadata.get(ENDPOINT) if rollout.endpoint == "reference" else rollout.endpoint
         is_steered = not rollout.is_plain or any(weight.alpha != 0.0 for weight in rollout.steering)
         if is_steered or "seed" in rollout.sampling or rollout.finish_reason not in _ENDED:
             return None
-        if endpoint not in ("completions", "chat.completions"):
+        is_chosen_from = "selection" in rollout.sampling or rollout.metadata.keys() & {SELECTION, NUM_LEFT_OUT}
+        if is_chosen_from or endpoint not in ("completions", "chat.completions"):
             return None
         return cls.of(rollout.base_model, endpoint, rollout.sampling, identity=rollout.metadata.get(IDENTITY))
 

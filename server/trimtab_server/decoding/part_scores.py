@@ -9,7 +9,7 @@ from trimtab_server.rewards.resolved import ResolvedReward
 
 def parts_key(reward: ResolvedReward) -> str:
     """What raw scores depend on: name and version of each part. Not how they are combined."""
-    return ",".join(f"{part.name}@{part.version}" for part in reward.parts)
+    return "\n".join(f"{part.name}@{part.version}" for part in reward.parts)
 
 
 async def score_parts(reward: ResolvedReward, inputs: Sequence[RewardInput]) -> list[tuple[float, ...]]:

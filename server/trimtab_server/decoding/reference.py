@@ -182,7 +182,7 @@ class ReferenceCalibrators:
         logged = await self._logged(key, prompt_token_ids, size)
         rows: list[Sequence[float]] = []
         if len(logged) > num_known:
-            rows += await _score_logged(reward, prompt, logged)
+            rows += await score_logged(reward, prompt, logged)
         elif known is not None:
             rows += known.rows
         if (num_missing := size - len(rows)) > 0:
@@ -213,9 +213,7 @@ class ReferenceCalibrators:
             logger.warning("a calibrator of the reward %r was not stored: %s", key.reward, exc.message)
 
 
-async def _score_logged(
-    reward: ResolvedReward, prompt: str, samples: Sequence[LoggedSample]
-) -> list[tuple[float, ...]]:
+async def score_logged(reward: ResolvedReward, prompt: str, samples: Sequence[LoggedSample]) -> list[tuple[float, ...]]:
     """Scores of logged samples: those that are logged of the same versions for the same text, the rest anew."""
     known = [_logged_row(reward, prompt, sample) for sample in samples]
     missing = [i for i, row in enumerate(known) if row is None]

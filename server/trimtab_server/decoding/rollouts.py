@@ -4,7 +4,7 @@ from typing import Any
 
 from trimtab_adapters.contract.params import SteeringOperators
 from trimtab_adapters.contract.records import RewardValue, Rollout
-from trimtab_adapters.contract.reference_policy import ENDPOINT
+from trimtab_adapters.contract.reference_policy import ENDPOINT, NUM_LEFT_OUT, SELECTION
 from trimtab_adapters.contract.selection import BestOfN, Blockwise
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.engine.base import Candidate
@@ -28,6 +28,9 @@ def rollouts_of(result: JobResult) -> list[Rollout]:
                     reward=selection.reward,
                 )
             )
+        if prompt.left_out:
+            for rollout in rollouts[-len(prompt.selections) :]:
+                rollout.metadata[NUM_LEFT_OUT] = len(prompt.left_out)
         for candidate in prompt.references:
             rollouts.append(_reference(result, prompt_index, candidate, len(prompt.references)))
     return rollouts
@@ -54,7 +57,7 @@ def _rollout(
     if isinstance(job.selection, Blockwise):
         sampling["selection"] = job.selection.model_dump(exclude_none=True, exclude={"return_candidates", "stream"})
     elif job.selection is not None and not isinstance(job.selection, BestOfN):
-        rollout.metadata["selection"] = job.selection.strategy
+        rollout.metadata[SELECTION] = job.selection.strategy
     return rollout.model_copy(
         update={
             "id": f"{job.id}-{prompt_index}-{candidate.index}",

@@ -23,7 +23,7 @@ class CalibratorGroup:
 
     Attributes:
         id: Of the group; the same for the same reward and policy.
-        reward: `name@version`, of a mix all of them, joined by commas.
+        reward: `name@version`, of a mix one line each.
         reference: The reference policy's key.
         num_prompts: How many prompts have one.
         num_rollouts: How many rollouts they rest on, all together.

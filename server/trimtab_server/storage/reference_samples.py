@@ -15,6 +15,7 @@ from trimtab_server.storage.tables import rollouts
 
 _COLUMNS = ("request_id", "endpoint", "prompt", "prompt_token_ids", "output_text", "candidate_index")
 _MORE_COLUMNS = ("num_candidates", "rewards", "metadata")
+_MAX_POLICIES = 32
 _MARGIN = 256
 """Rows that are read beyond what is asked for, since requests that are not complete are dropped."""
 
@@ -35,24 +36,25 @@ class SqlSampleLog:
         """At most `limit` samples of any prompts, the newest requests first."""
         return await self._read(_samples(ReferencePolicy.from_key(policy).digest, limit), limit)
 
-    async def most_sampled(self, base_model: str) -> ReferencePolicy | None:
-        """The policy of a base model that the log has the most samples of; None when it has none."""
+    async def most_sampled(self, base_model: str, identity: str | None) -> ReferencePolicy | None:
+        """The policy of a base model, as it is now, that the log has the most samples of; None when it has none."""
+        columns = rollouts.c
         count = func.count().label("count")
-        largest = (
-            select(rollouts.c.policy)
-            .where(rollouts.c.policy.is_not(None), rollouts.c.base_model == base_model)
-            .group_by(rollouts.c.policy)
-            .order_by(count.desc(), rollouts.c.policy)
-            .limit(1)
-        )
-        columns = [column for column in rollouts.columns if column.name in Rollout.model_fields]
-        one = select(*columns).where(rollouts.c.policy == largest.scalar_subquery()).limit(1)
+        counted = (
+            select(columns.policy, func.min(columns.id).label("id"), count)
+            .where(columns.policy.is_not(None), columns.base_model == base_model)
+            .group_by(columns.policy)
+            .order_by(count.desc(), columns.policy)
+            .limit(_MAX_POLICIES)
+        ).subquery()
+        whole = [column for column in columns if column.name in Rollout.model_fields]
+        examples = select(*whole).join(counted, counted.c.id == columns.id).order_by(counted.c.count.desc())
 
-        def fetch(connection: Connection) -> ReferencePolicy | None:
-            row = connection.execute(one).mappings().one_or_none()
-            return None if row is None else ReferencePolicy.of_rollout(Rollout.model_validate(dict(row)))
+        def fetch(connection: Connection) -> list[Rollout]:
+            return [Rollout.model_validate(dict(row)) for row in connection.execute(examples).mappings()]
 
-        return await self._database.read(fetch)
+        found = [ReferencePolicy.of_rollout(example) for example in await self._database.read(fetch)]
+        return next((policy for policy in found if policy is not None and policy.identity == identity), None)
 
     async def _read(self, statement: Select[Any], limit: int) -> list[LoggedSample]:
         def fetch(connection: Connection) -> list[LoggedSample]:
