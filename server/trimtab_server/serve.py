@@ -21,7 +21,6 @@ from trimtab_server.api.admin.calibrators import Calibrators
 from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.app import create_app
 from trimtab_server.calibration.fitting import CalibratorFitting
-from trimtab_server.decoding.best_of_n import BestOfN
 from trimtab_server.decoding.pooled import PooledCalibrators
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.decoding.scoring import CalibratedScoring

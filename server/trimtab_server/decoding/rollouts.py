@@ -18,19 +18,17 @@ def rollouts_of(result: JobResult) -> list[Rollout]:
     job, rollouts = result.job, []
     for prompt_index, prompt in enumerate(result.prompts):
         for selection in prompt.selections:
-            rollouts.append(
-                _rollout(
-                    result,
-                    prompt_index,
-                    selection.candidate,
-                    is_chosen=selection.rank < job.n,
-                    num_candidates=selection.num_candidates,
-                    reward=selection.reward,
-                )
+            rollout = _rollout(
+                result,
+                prompt_index,
+                selection.candidate,
+                is_chosen=selection.rank < job.n,
+                num_candidates=selection.num_candidates,
+                reward=selection.reward,
             )
-        if prompt.left_out:
-            for rollout in rollouts[-len(prompt.selections) :]:
+            if prompt.left_out:
                 rollout.metadata[NUM_LEFT_OUT] = len(prompt.left_out)
+            rollouts.append(rollout)
         for candidate in prompt.references:
             rollouts.append(_reference(result, prompt_index, candidate, len(prompt.references)))
     return rollouts
