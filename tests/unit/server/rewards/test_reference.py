@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from trimtab_adapters.contract.errors import (
     RewardError,
     StorageError,
 )
+from trimtab_adapters.contract.records import RewardValue
 from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.decoding.reference import MemoryCalibratorStore, ReferenceCalibrators
 from trimtab_server.rewards.batching import BatchedReward
 from trimtab_server.rewards.callable import CallableReward
 from trimtab_server.rewards.resolved import ResolvedReward
+from trimtab_server.storage.base import LoggedSample
 
 pytestmark = pytest.mark.anyio
 
@@ -223,3 +226,91 @@ async def test_a_size_below_one_is_refused(scripted_draw: Any) -> None:
         await get(ReferenceCalibrators(MemoryCalibratorStore()), scripted_draw([]), size=0)
     with pytest.raises(ValueError, match="at least 1"):
         ReferenceCalibrators(MemoryCalibratorStore(), default_size=0)
+
+
+@dataclass
+class ListedSamples:
+    """A `SampleLog` over a list; fails on demand."""
+
+    samples: list[LoggedSample]
+    error: StorageError | None = None
+    asked: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
+
+    async def of_prompt(self, policy: str, prompt_token_ids: Sequence[int], *, limit: int) -> Sequence[LoggedSample]:
+        self.asked.append((policy, tuple(prompt_token_ids), limit))
+        if self.error is not None:
+            raise self.error
+        return self.samples[:limit]
+
+
+def sample(text: str, *, prompt: str | None = "p", rewards: Sequence[RewardValue] = ()) -> LoggedSample:
+    return LoggedSample(prompt, (1, 2), text, tuple(rewards))
+
+
+async def test_logged_samples_are_taken_first_and_only_the_rest_is_drawn(scripted_draw: Any) -> None:
+    log = ListedSamples([sample(text) for text in TEXTS[:3]])
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), log)
+    draw = scripted_draw(["x" * 9, "x" * 10])
+    assert await get(calibrators, draw, size=5) == scores_of(1.0, 2.0, 3.0, 9.0, 10.0)
+    assert (draw.asked, log.asked) == ([2], [("base", (1, 2), 5)])
+
+
+async def test_what_is_kept_and_what_is_logged_are_never_added_up(scripted_draw: Any) -> None:
+    # The four that are drawn first reach the log; later they must not count twice.
+    store, log = MemoryCalibratorStore(), ListedSamples([])
+    await get(ReferenceCalibrators(store, log), scripted_draw(list(TEXTS[:4])), size=4)
+    log.samples = [sample(text) for text in TEXTS[:4]]
+    draw = scripted_draw(["x" * 9, "x" * 10])
+    calibrators = ReferenceCalibrators(store, log)
+    assert await get(calibrators, draw, size=6) == scores_of(1.0, 2.0, 3.0, 4.0, 9.0, 10.0)
+    # Another gateway has drawn as well: the log has more than is kept, and is taken as a whole.
+    log.samples = [sample("y" * length) for length in range(1, 8)]
+    assert await get(calibrators, draw, size=7) == scores_of(*range(1, 8))
+    assert draw.asked == [2]
+
+
+async def test_rewards_in_the_log_are_used_if_they_are_of_the_same_version_and_prompt_text(scripted_draw: Any) -> None:
+    scored: list[str] = []
+
+    def length(inputs: Sequence[RewardInput]) -> list[float]:
+        scored.extend(item.output for item in inputs)
+        return [float(len(item.output)) for item in inputs]
+
+    def value(version: str, raw: float) -> RewardValue:
+        return RewardValue(name="length", version=version, raw=raw)
+
+    mix = RewardValue(name="mix", version="1", raw=0.1, parts=[value("2", 80.0)])
+    log = ListedSamples(
+        [
+            sample("known", rewards=[value("2", 50.0)]),
+            sample("old", rewards=[value("1", 60.0)]),
+            sample("of ids", prompt=None, rewards=[value("2", 70.0)]),
+            sample("in a mix", rewards=[mix]),
+            sample("never"),
+        ]
+    )
+    reward = BatchedReward(CallableReward("length", "2", length))
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore(), log)
+    found = await get(calibrators, scripted_draw([]), reward=reward, size=5)
+    assert [row[0] for row in found.rows] == [50.0, 3.0, 6.0, 80.0, 5.0]
+    assert scored == ["old", "of ids", "never"]
+
+
+async def test_a_log_that_cannot_be_read_only_costs_the_draw(
+    scripted_draw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = ListedSamples([sample("a")], StorageError("the disk is gone"))
+    draw = scripted_draw(list(TEXTS))
+    assert (await get(ReferenceCalibrators(MemoryCalibratorStore(), log), draw, size=2)).size == 2
+    assert draw.asked == [2]
+    assert "the disk is gone" in caplog.text
+
+
+async def test_a_mix_keeps_the_scores_of_its_parts_rollout_by_rollout(scripted_draw: Any) -> None:
+    shout = BatchedReward(CallableReward("shout", "3", lambda inputs: [item.output.count("!") for item in inputs]))
+    reward = ResolvedReward("mix", "1", (length_reward(), shout), "min", (0.5, 0.5))
+    calibrators = ReferenceCalibrators(MemoryCalibratorStore())
+    found = await calibrators.get(
+        prompt="p", prompt_token_ids=[1], reward=reward, draw_reference=scripted_draw(["a!!", "bb"]), size=2
+    )
+    assert found == ReferenceScores(((3.0, 2.0), (2.0, 0.0)), "base", "length@1\nshout@3")
