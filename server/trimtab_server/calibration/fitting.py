@@ -160,7 +160,7 @@ class CalibratorFitting:
             reward = ResolvedReward(part.name, part.version, (part,))
             policy = await self._policy(request)
             sampled = await self._draw_all(reward, policy, request)
-            if request.from_log:
+            if request.from_log and method == "pooled":
                 sampled += await self._from_log(reward, policy, {one.prompt_token_ids for one in sampled})
             if method == "reference":
                 return await asyncio.to_thread(partial(_fitted_reference, parts_key(reward), policy, sampled))

@@ -81,6 +81,7 @@ class FitCalibrator(Body):
     request: dict[str, Any] | None = None
     """Sampling settings, as in the requests that are to be calibrated."""
     from_log: bool = False
+    """Use all logged samples at these settings for a pooled calibrator; without `request` the settings logged most."""
     samples: int = Field(default=8, ge=2, le=1024)
     """Reference rollouts for each of the prompts; logged ones count."""
 
@@ -225,6 +226,10 @@ def _fit_request(body: FitCalibrator, base_model: str) -> FitRequest:
         )
     if not body.prompts and not body.from_log:
         raise InvalidRequestError("There is nothing to fit: give 'prompts', or 'from_log'.", param="prompts")
+    if not body.prompts and body.method == "reference":
+        raise InvalidRequestError(
+            "The method 'reference' makes a calibrator for each of 'prompts', and there is none.", param="prompts"
+        )
     if body.method == "pooled" and body.samples < MIN_ROLLOUTS:
         raise InvalidRequestError(
             f"A pooled calibrator needs at least {MIN_ROLLOUTS} samples per prompt.", param="samples"

@@ -87,7 +87,9 @@ def simulate(rule: ThresholdStopping, runs: int) -> tuple[np.ndarray, np.ndarray
     return best[np.arange(runs), at], np.array(ends)[at], at + 1
 
 
-@pytest.mark.parametrize(("tau", "cap", "wave"), [(0.9, 16, 4), (0.9, 14, 4), (0.6, 5, 2), (0.8, None, 3), (0.97, 3, 5)])
+@pytest.mark.parametrize(
+    ("tau", "cap", "wave"), [(0.9, 16, 4), (0.9, 14, 4), (0.6, 5, 2), (0.8, None, 3), (0.97, 3, 5)]
+)
 def test_waves_have_the_simulated_draws_win_rate_and_kl(tau: float, cap: int | None, wave: int) -> None:
     # 20,000 runs; bands of 4.5 standard errors, 5 rules with 4 quantities: one false alarm in 7,000 seeds, and the
     # seed is fixed.

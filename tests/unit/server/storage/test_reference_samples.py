@@ -27,7 +27,7 @@ def candidates(make_rollout: MakeRollout) -> Candidates:
     """All candidates of an unsteered request, the chosen one first as they are logged."""
 
     def make(request: str, texts: list[str], *, created_at: float = 1.0, **changes: Any) -> list[Rollout]:
-        plain = {"steering": [], "kl": None, "flipped": None, "adapter_logprobs": None, "rewards": []}
+        plain: dict[str, Any] = {"steering": [], "kl": None, "flipped": None, "adapter_logprobs": None, "rewards": []}
         rollouts = [
             make_rollout(
                 f"{request}-0-{i}",
