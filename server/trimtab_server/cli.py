@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from trimtab_server.commands.adapters import build_adapters_commands
+from trimtab_server.commands.calibrate import build_calibrators_commands, calibrate
 from trimtab_server.commands.engines import list_engines
 from trimtab_server.commands.errors import CommandError
 from trimtab_server.commands.jobs import build_jobs_commands
@@ -64,6 +65,8 @@ def build_app(programs: Mapping[str, EntryPoint]) -> typer.Typer:
     app.add_typer(build_routes_commands(), name="routes")
     app.add_typer(build_rollouts_commands(), name="rollouts")
     app.add_typer(build_rewards_commands(), name="rewards")
+    app.command("calibrate")(calibrate)
+    app.add_typer(build_calibrators_commands(), name="calibrators")
     app.add_typer(build_jobs_commands(), name="jobs")
     app.command("engines")(list_engines)
     return app

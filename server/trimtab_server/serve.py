@@ -17,8 +17,11 @@ import uvicorn
 from trimtab_adapters.contract.errors import EngineError, InvalidRequestError, TrimtabError, VocabularyError
 from trimtab_adapters.contract.manifest import read_vocabulary, vocabulary_fingerprint
 from trimtab_adapters.store import VersionStore
+from trimtab_server.api.admin.calibrators import Calibrators
 from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.app import create_app
+from trimtab_server.calibration.fitting import CalibratorFitting
+from trimtab_server.decoding.pooled import PooledCalibrators
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.decoding.scoring import CalibratedScoring
 from trimtab_server.engine.residency import Residency
@@ -27,10 +30,12 @@ from trimtab_server.gateway import GatewayParts
 from trimtab_server.metrics import Metrics
 from trimtab_server.rewards.registry import RewardRegistry
 from trimtab_server.settings import Settings
-from trimtab_server.storage.calibrators import SqlCalibratorStore
+from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
 from trimtab_server.storage.catalog import SqlCatalog
 from trimtab_server.storage.database import Database
+from trimtab_server.storage.identified_log import IdentifiedRolloutLog
 from trimtab_server.storage.jobs import TrainingJobs
+from trimtab_server.storage.reference_samples import SqlSampleLog
 from trimtab_server.storage.reward_specs import SqlRewardSpecs
 from trimtab_server.storage.rollout_log import SpooledRolloutLog
 from trimtab_server.storage.rollouts import SqlRolloutReader
@@ -99,7 +104,17 @@ async def build_parts(settings: Settings) -> GatewayParts:
     residency = Residency(engine, catalog, wait_s=settings.adapter_wait_s)
     metrics = Metrics()
     rewards = RewardRegistry(SqlRewardSpecs(database), environment=os.environ, observer=metrics.rewards)
-    calibrators = ReferenceCalibrators(SqlCalibratorStore(database), default_size=max(1, settings.calibration_size))
+    stored_scores, samples, pooled = (
+        SqlCalibratorStore(database),
+        SqlSampleLog(database),
+        SqlPooledCalibratorStore(database),
+    )
+    calibrators = ReferenceCalibrators(stored_scores, samples, default_size=settings.calibration_size)
+
+    def base_identity() -> str | None:
+        return residency.last_status.base_identity if residency.last_status is not None else None
+
+    identified_log = IdentifiedRolloutLog(rollout_log, base_identity)
 
     async def base_vocabulary() -> tuple[str, int] | None:
         try:
@@ -124,14 +139,20 @@ async def build_parts(settings: Settings) -> GatewayParts:
         residency_of=residency.describe,
         base_vocabulary=base_vocabulary,
         adapter_roots=settings.adapter_roots or None,
+        calibrators=Calibrators(
+            fitting=CalibratorFitting(engine, rewards, calibrators, samples, pooled, identified_log),
+            scores=stored_scores,
+            pooled=pooled,
+            base_identity=base_identity,
+        ),
     )
     return GatewayParts(
         settings=settings,
         engine=engine,
         residency=residency,
         catalog=catalog,
-        rollout_log=rollout_log,
-        scoring=CalibratedScoring(rewards, calibrators),
+        rollout_log=identified_log,
+        scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
         routers=[build_admin_router(admin)],
         background=[*background, residency.keep_converged],
         metrics=metrics,

@@ -64,13 +64,60 @@ class EmpiricalCalibrator:
         return (below + not_above) / (2 * len(self.scores))
 
     def standard_error(self, calibrated: float) -> float:
-        """Standard error of `calibrate` for K rollouts, sqrt(p (1 - p) / K) with p shrunk by half a count.
+        """Standard error of `calibrate` for K rollouts; see `shrunk_standard_error`."""
+        return shrunk_standard_error(calibrated, self.size)
 
-        The shrinkage (K p + ½) / (K + 1) keeps the error of an empirical 0 or 1 from being reported as 0.
+
+@dataclass(frozen=True, slots=True)
+class ReferenceScores:
+    """Rewards of K reference rollouts of one prompt, rollout by rollout: what per-prompt calibrators are made of.
+
+    Attributes:
+        rows: [K][m], one score per reward of a mix; m is 1 for a single reward.
+        reference: What the rollouts were drawn from, as one string; see `ReferencePolicy.key`.
+        reward: Name and version of the rewards, `name@version`, one line each.
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+    reference: str
+    reward: str
+
+    @classmethod
+    def fit(cls, rows: Sequence[Sequence[float]], *, reference: str, reward: str) -> Self:
+        """Build from K >= 1 rollouts, in any order.
+
+        Raises:
+            ValueError: No rollout, rollouts with different numbers of scores, or a score that is not finite.
         """
-        k = len(self.scores)
-        p = (k * calibrated + 0.5) / (k + 1)
-        return math.sqrt(p * (1 - p) / k)
+        if not rows or not rows[0]:
+            raise ValueError("a calibrator needs at least one reference reward")
+        if any(len(row) != len(rows[0]) for row in rows):
+            raise ValueError("every rollout needs one score per reward")
+        if not all(math.isfinite(score) for row in rows for score in row):
+            raise ValueError("a reference reward is not finite")
+        return cls(tuple(tuple(row) for row in rows), reference, reward)
+
+    @property
+    def size(self) -> int:
+        """K, the number of reference rollouts."""
+        return len(self.rows)
+
+    def extend(self, rows: Sequence[Sequence[float]]) -> Self:
+        """These and further rollouts of the same reference policy. Raises `ValueError` as `fit` does."""
+        return self.fit([*self.rows, *rows], reference=self.reference, reward=self.reward)
+
+    def part(self, index: int = 0) -> EmpiricalCalibrator:
+        """The calibrator of one reward."""
+        return EmpiricalCalibrator.fit([row[index] for row in self.rows], reference=self.reference, reward=self.reward)
+
+
+def shrunk_standard_error(calibrated: float, size: int) -> float:
+    """Standard error of a share of `size` independent samples, sqrt(p (1 - p) / size) with p shrunk by half a count.
+
+    The shrinkage (size · p + ½) / (size + 1) keeps the error of an empirical 0 or 1 from being reported as 0.
+    """
+    p = (size * calibrated + 0.5) / (size + 1)
+    return math.sqrt(p * (1 - p) / size)
 
 
 def leave_one_out(scores: Sequence[float]) -> list[float]:

@@ -118,6 +118,11 @@ class EngineStatus(_Message):
     steered_steps: int = 0
     failed_rows: int = 0
 
+    @property
+    def base_identity(self) -> str:
+        """What is known of the base behind its public name: where it was loaded from, and its vocabulary."""
+        return f"{self.model}#{self.vocabulary_sha256[:16]}"
+
 
 class RetireReply(_Message):
     """`freed` is False while rows still use the version; they keep it to their last token."""

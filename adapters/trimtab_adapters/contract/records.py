@@ -62,6 +62,10 @@ class SteeringRecord(BaseModel):
     """Where an explanation was asked for."""
 
 
+CalibrationMethod = Literal["reference", "leave_one_out", "pooled"]
+"""What estimated a calibrated reward: rollouts of the same prompt, the other candidates, or a fit over prompts."""
+
+
 class RewardValue(BaseModel):
     """A raw reward and, where a calibrator was at hand, its calibrated value in [0, 1]."""
 
@@ -70,11 +74,17 @@ class RewardValue(BaseModel):
     name: str
     version: str
     raw: float
+    """Of a mix: its parts' ranks combined, before the combination is calibrated."""
     calibrated: float | None = None
     calibration_size: int | None = None
     """Number of reference rollouts behind `calibrated`."""
     calibration_error: float | None = None
     """Standard error of `calibrated`."""
+    calibration_method: CalibrationMethod | None = None
+    calibration_stale: bool = False
+    """Whether the calibrator was made for something else and was used all the same, because the request allowed it."""
+    parts: list["RewardValue"] | None = None
+    """Of a mix: its rewards, each calibrated by itself, in the order of the mix's parts."""
 
 
 class Rollout(BaseModel):

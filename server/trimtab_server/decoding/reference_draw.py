@@ -1,22 +1,9 @@
 """Draws from the reference policy: the base model without steering."""
 
-import hashlib
-import json
-
+from trimtab_adapters.contract.reference_policy import ReferencePolicy
 from trimtab_server.decoding.fanout import generate_all
 from trimtab_server.decoding.job import GenerationJob
 from trimtab_server.engine.base import Candidate, Engine
-
-# What does not change the distribution of the text.
-_NOT_SAMPLING = {
-    "logprobs",
-    "top_logprobs",
-    "return_token_ids",
-    "prompt_logprobs",
-    "echo",
-    "stream_interval",
-    "priority",
-}
 
 
 class BaseReferenceDraw:
@@ -31,11 +18,8 @@ class BaseReferenceDraw:
 
     @property
     def key(self) -> str:
-        """Base model, `unsteered`, and a hash of the sampling settings without the seed."""
-        job = self._job
-        sampling = {key: value for key, value in job.body.items() if key not in _NOT_SAMPLING}
-        text = json.dumps([job.endpoint, sampling], sort_keys=True)
-        return f"{job.resolved.base_model}/unsteered/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        """The `ReferencePolicy` of the job, whatever its steering: its base model at its sampling settings."""
+        return ReferencePolicy.of(self._job.resolved.base_model, self._job.endpoint, self._job.body).key
 
     async def __call__(self, num: int) -> list[Candidate]:
         """Draw `num` unsteered candidates of the prompt."""

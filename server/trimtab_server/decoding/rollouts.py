@@ -4,6 +4,7 @@ from typing import Any
 
 from trimtab_adapters.contract.params import SteeringOperators
 from trimtab_adapters.contract.records import RewardValue, Rollout
+from trimtab_adapters.contract.reference_policy import ENDPOINT, NUM_LEFT_OUT, SELECTION
 from trimtab_adapters.contract.selection import BestOfN, Blockwise
 from trimtab_server.decoding.job import GenerationJob, JobResult
 from trimtab_server.engine.base import Candidate
@@ -17,16 +18,17 @@ def rollouts_of(result: JobResult) -> list[Rollout]:
     job, rollouts = result.job, []
     for prompt_index, prompt in enumerate(result.prompts):
         for selection in prompt.selections:
-            rollouts.append(
-                _rollout(
-                    result,
-                    prompt_index,
-                    selection.candidate,
-                    is_chosen=selection.rank < job.n,
-                    num_candidates=selection.num_candidates,
-                    reward=selection.reward,
-                )
+            rollout = _rollout(
+                result,
+                prompt_index,
+                selection.candidate,
+                is_chosen=selection.rank < job.n,
+                num_candidates=selection.num_candidates,
+                reward=selection.reward,
             )
+            if prompt.left_out:
+                rollout.metadata[NUM_LEFT_OUT] = len(prompt.left_out)
+            rollouts.append(rollout)
         for candidate in prompt.references:
             rollouts.append(_reference(result, prompt_index, candidate, len(prompt.references)))
     return rollouts
@@ -53,7 +55,7 @@ def _rollout(
     if isinstance(job.selection, Blockwise):
         sampling["selection"] = job.selection.model_dump(exclude_none=True, exclude={"return_candidates", "stream"})
     elif job.selection is not None and not isinstance(job.selection, BestOfN):
-        rollout.metadata["selection"] = job.selection.strategy
+        rollout.metadata[SELECTION] = job.selection.strategy
     return rollout.model_copy(
         update={
             "id": f"{job.id}-{prompt_index}-{candidate.index}",
@@ -74,9 +76,9 @@ def _rollout(
 
 def _reference(result: JobResult, prompt_index: int, candidate: Candidate, num_drawn: int) -> Rollout:
     body = result.job.reference_request(prompt_index, candidate.index).body
-    return _base(result, prompt_index, candidate, body).model_copy(
-        update={"num_candidates": num_drawn, "chosen": False}
-    )
+    rollout = _base(result, prompt_index, candidate, body)
+    metadata = {**rollout.metadata, ENDPOINT: result.job.endpoint}
+    return rollout.model_copy(update={"num_candidates": num_drawn, "chosen": False, "metadata": metadata})
 
 
 def _base(result: JobResult, prompt_index: int, candidate: Candidate, body: dict[str, Any]) -> Rollout:

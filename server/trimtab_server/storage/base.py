@@ -4,10 +4,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from trimtab_adapters.contract.calibration import EmpiricalCalibrator
+from trimtab_adapters.contract.calibration import ReferenceScores
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, SteeringRequest
-from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.pooled_calibration import PooledCalibrator
+from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
 
 NO_OPTIONS = SteeringOptions()
@@ -110,15 +111,77 @@ class RolloutReader(Protocol):
         ...
 
 
-class CalibratorStore(Protocol):
-    """Per-prompt calibrators, kept over restarts."""
+@dataclass(frozen=True, slots=True)
+class LoggedSample:
+    """A logged rollout that is an independent sample of a reference policy.
 
-    async def get(self, prompt_key: str, reward: str, reference: str) -> EmpiricalCalibrator | None:
-        """`reward` is `name@version`; `reference` identifies base, steering and sampling settings."""
+    Attributes:
+        prompt: Its text where the caller sent text.
+        prompt_token_ids: As the engine saw them.
+        output_text: What was generated.
+        rewards: What was scored then.
+    """
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    output_text: str
+    rewards: tuple[RewardValue, ...] = ()
+
+
+class SampleLog(Protocol):
+    """Samples of reference policies in the rollout log.
+
+    All candidates of a request count or none: chosen ones alone are no sample of the policy.
+    """
+
+    async def of_prompt(self, policy: str, prompt_token_ids: Sequence[int], *, limit: int) -> Sequence[LoggedSample]:
+        """At most `limit` samples of one prompt, the newest requests first; `policy` is a `ReferencePolicy.key`."""
         ...
 
-    async def put(self, prompt_key: str, calibrator: EmpiricalCalibrator) -> None:
+
+class CalibratorStore(Protocol):
+    """Scores of reference rollouts per prompt, kept over restarts."""
+
+    async def get(self, prompt_key: str, reward: str, reference: str) -> ReferenceScores | None:
+        """`reward` is `name@version`, of a mix all of them; `reference` is the reference policy's key."""
+        ...
+
+    async def put(self, prompt_key: str, calibrator: ReferenceScores) -> None:
         """Replace what was stored for the same prompt, reward and reference."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPooledCalibrator:
+    """A pooled calibrator under its id.
+
+    Attributes:
+        id: Unique.
+        calibrator: What applies it.
+        report: How it did on prompts that took no part in the fit.
+        created_at: Unix time in seconds.
+    """
+
+    id: str
+    calibrator: PooledCalibrator
+    report: dict[str, Any]
+    created_at: float
+
+    @property
+    def reward_name(self) -> str:
+        """The reward, without its version."""
+        return self.calibrator.reward.partition("@")[0]
+
+
+class PooledCalibratorStore(Protocol):
+    """Pooled calibrators, kept over restarts."""
+
+    async def get(self, calibrator_id: str) -> StoredPooledCalibrator | None:
+        """By id."""
+        ...
+
+    async def of_reward(self, reward_name: str) -> Sequence[StoredPooledCalibrator]:
+        """All of a reward, whatever its version, newest first."""
         ...
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, exists, select, tuple_
 
+from trimtab_adapters.contract.calibration import prompt_key
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.reference_policy import ReferencePolicy
 from trimtab_server.storage.base import RolloutFilter
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.tables import rollout_adapters, rollouts
@@ -29,7 +31,7 @@ def insert_rollouts(database: Database, connection: Connection, batch: Sequence[
     """Write rollouts; those whose id is already there are left as they are."""
     if not batch:
         return
-    rows = [rollout.model_dump() for rollout in batch]
+    rows = [{**rollout.model_dump(), **_sample_of(rollout)} for rollout in batch]
     terms = [
         {"rollout_id": rollout.id, "position": position, "name": w.name, "version": w.version, "alpha": w.alpha}
         for rollout in batch
@@ -110,7 +112,7 @@ def decode_cursor(cursor: str) -> tuple[float, str]:
 
 
 def _matching(where: RolloutFilter) -> Select[Any]:
-    statement = select(rollouts)
+    statement = select(*(column for column in rollouts.columns if column.name in Rollout.model_fields))
     if where.route is not None:
         statement = statement.where(rollouts.c.route == where.route)
     if where.endpoint is not None:
@@ -129,6 +131,14 @@ def _matching(where: RolloutFilter) -> Select[Any]:
             term &= rollout_adapters.c.version == where.version
         statement = statement.where(exists().where(term))
     return statement
+
+
+def _sample_of(rollout: Rollout) -> dict[str, str | None]:
+    """By what a sample of a reference policy is found."""
+    policy = ReferencePolicy.of_rollout(rollout)
+    if policy is None:
+        return {"policy": None, "prompt_key": None}
+    return {"policy": policy.digest, "prompt_key": prompt_key(rollout.prompt_token_ids)}
 
 
 def _rollout(row: RowMapping) -> Rollout:

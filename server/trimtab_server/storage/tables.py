@@ -8,7 +8,8 @@
 | `rollouts` | one row per candidate |
 | `rollout_adapters` | the terms of each rollout's steering, to filter by |
 | `rewards` | rewards registered by the admin API |
-| `calibrators` | reference rewards per prompt |
+| `calibrators` | rewards of reference rollouts per prompt |
+| `pooled_calibrators` | calibrators for prompts never seen |
 | `training_jobs` | the trainer's queue |
 | `alembic_version` | the schema's revision, kept by Alembic |
 """
@@ -100,6 +101,10 @@ rollouts = Table(
     Column("finish_reason", Text),
     Column("rewards", JsonText, nullable=False),
     Column("metadata", JsonText, nullable=False),
+    # Of independent samples of a reference policy: which policy, and which prompt. Null for all others.
+    Column("policy", String(64)),
+    Column("prompt_key", String(64)),
+    Index(None, "policy", "prompt_key", "created_at"),
     Index(None, "created_at", "id"),
     Index(None, "route", "created_at", "id"),
     Index(None, "request_id"),
@@ -135,8 +140,24 @@ calibrators = Table(
     Column("prompt_key", Text, nullable=False),
     Column("reward", Text, nullable=False),
     Column("reference", Text, nullable=False),
+    # Rollout by rollout, `num_parts` numbers each.
     Column("scores", PackedNumbers("<f8"), nullable=False),
+    Column("num_parts", Integer, nullable=False),
+    Column("num_rollouts", Integer, nullable=False),
     Column("updated_at", Double, nullable=False),
+    Index(None, "reward"),
+)
+
+pooled_calibrators = Table(
+    "pooled_calibrators",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("reward_name", String(64), nullable=False),
+    # Numbers and texts, see `PooledCalibrator.to_json`.
+    Column("calibrator", JsonText, nullable=False),
+    Column("report", JsonText, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Index(None, "reward_name", "created_at"),
 )
 
 training_jobs = Table(

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import APIRouter, Depends
 
 from trimtab_server.api.admin.adapters import AfterRetire, BaseVocabulary, ResidencyOf, build_adapters_router
+from trimtab_server.api.admin.calibrators import Calibrators, build_calibrators_router
 from trimtab_server.api.admin.engines import build_engines_router
 from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
 from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
@@ -37,6 +38,7 @@ class AdminParts:
         residency_of: Says whether a version is in the engine's memory.
         base_vocabulary: Fingerprint and number of tokens of the base model's tokenizer.
         adapter_roots: Directories that versions may be registered from; None means any.
+        calibrators: Makes and keeps calibrators; None leaves `/admin/calibrators` out.
     """
 
     catalog: SqlCatalog
@@ -51,6 +53,7 @@ class AdminParts:
     residency_of: ResidencyOf
     base_vocabulary: BaseVocabulary
     adapter_roots: Sequence[Path] | None = None
+    calibrators: Calibrators | None = None
 
 
 def build_admin_router(parts: AdminParts) -> APIRouter:
@@ -74,4 +77,6 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
     router.include_router(build_training_jobs_router(parts.jobs))
     router.include_router(build_rewards_router(parts.rewards))
     router.include_router(build_engines_router(parts.engines))
+    if parts.calibrators is not None:
+        router.include_router(build_calibrators_router(parts.calibrators, parts.rewards, parts.catalog, parts.flush))
     return router

@@ -111,7 +111,13 @@ async def test_the_calibrated_reward_ranks_and_is_reported_with_its_error(
         p = (4 * calibrated + 0.5) / 5
         error = math.sqrt(p * (1 - p) / 4)
         return RewardValue(
-            name="length", version="1", raw=raw, calibrated=calibrated, calibration_size=4, calibration_error=error
+            name="length",
+            version="1",
+            raw=raw,
+            calibrated=calibrated,
+            calibration_size=4,
+            calibration_error=error,
+            calibration_method="reference",
         )
 
     assert [s.reward for s in selections] == [expected(3.0, 0.75), expected(2.0, 0.5), expected(0.0, 0.0)]

@@ -1,29 +1,35 @@
 """Calibrators and reward specs, kept over restarts."""
 
+import numpy as np
 import pytest
 
-from trimtab_adapters.contract.calibration import EmpiricalCalibrator
+from trimtab_adapters.contract.calibration import ReferenceScores
+from trimtab_adapters.contract.errors import StorageError
+from trimtab_adapters.contract.pooled_calibration import PooledCalibrator
+from trimtab_adapters.contract.prompt_features import NUM_BUCKETS, PromptFeatures
 from trimtab_adapters.contract.rewards import RewardSpec
-from trimtab_server.storage.calibrators import SqlCalibratorStore
+from trimtab_server.storage.base import StoredPooledCalibrator
+from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.reward_specs import SqlRewardSpecs
+from trimtab_server.storage.tables import pooled_calibrators
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_a_calibrator_comes_back_exactly_and_can_be_replaced(database: Database) -> None:
     calibrators = SqlCalibratorStore(database)
-    first = EmpiricalCalibrator.fit([0.1, 1 / 3, -2.0], reference="base", reward="kind@1")
+    first = ReferenceScores.fit([[0.1, 1 / 3], [-2.0, 5e-324]], reference="base", reward="kind@1")
     await calibrators.put("prompt", first)
     assert await calibrators.get("prompt", "kind@1", "base") == first
-    second = EmpiricalCalibrator.fit([1.0], reference="base", reward="kind@1")
+    second = ReferenceScores.fit([[1.0]], reference="base", reward="kind@1")
     await calibrators.put("prompt", second)
     assert await SqlCalibratorStore(database).get("prompt", "kind@1", "base") == second
 
 
 async def test_a_calibrator_belongs_to_its_prompt_reward_and_reference(database: Database) -> None:
     calibrators = SqlCalibratorStore(database)
-    await calibrators.put("prompt", EmpiricalCalibrator.fit([0.1], reference="base", reward="kind@1"))
+    await calibrators.put("prompt", ReferenceScores.fit([[0.1]], reference="base", reward="kind@1"))
     assert await calibrators.get("other", "kind@1", "base") is None
     assert await calibrators.get("prompt", "kind@2", "base") is None
     assert await calibrators.get("prompt", "kind@1", "base@0.7") is None
@@ -40,3 +46,69 @@ async def test_reward_specs_are_listed_by_name_and_replaced(database: Database) 
     changed = RewardSpec(name="a", kind="hf_classifier", target="/models/x")
     await specs.put(changed)
     assert await SqlRewardSpecs(database).list() == [changed, b]
+
+
+def pooled(calibrator_id: str, created_at: float, *, reward: str = "kind@1") -> StoredPooledCalibrator:
+    rng = np.random.default_rng(0)
+    calibrator = PooledCalibrator(
+        PromptFeatures(rng.normal(size=(2, NUM_BUCKETS)), rng.normal(size=5), np.ones(5)),
+        np.array([0.1, 0.5]),
+        np.array([1 / 3, 2 / 3]),
+        rng.normal(size=(2, 5)),
+        "base",
+        reward,
+        40,
+        5,
+        0.125,
+    )
+    return StoredPooledCalibrator(calibrator_id, calibrator, {"model": "unconditional", "x": [0.1]}, created_at)
+
+
+async def test_a_pooled_calibrator_comes_back_exactly(database: Database) -> None:
+    store = SqlPooledCalibratorStore(database)
+    kept = pooled("cal-1", 1.0)
+    await store.add(kept)
+    found = await SqlPooledCalibratorStore(database).get("cal-1")
+    assert found is not None
+    assert found.calibrator.to_json() == kept.calibrator.to_json()
+    assert (found.id, found.report, found.created_at, found.reward_name) == ("cal-1", kept.report, 1.0, "kind")
+    assert await store.get("cal-2") is None
+
+
+async def test_pooled_calibrators_of_a_reward_are_listed_newest_first_and_deleted(database: Database) -> None:
+    store = SqlPooledCalibratorStore(database)
+    for one in (pooled("a", 1.0), pooled("b", 3.0, reward="kind@2"), pooled("c", 2.0, reward="rude@1")):
+        await store.add(one)
+    assert [one.id for one in await store.of_reward("kind")] == ["b", "a"]
+    assert [one.id for one in await store.everything()] == ["b", "c", "a"]
+    await store.delete("b")
+    await store.delete("b")
+    assert [one.id for one in await store.everything()] == ["c", "a"]
+
+
+async def test_a_pooled_calibrator_of_a_newer_version_is_an_error(database: Database) -> None:
+    await SqlPooledCalibratorStore(database).add(pooled("a", 1.0))
+    with database.writing() as connection:
+        connection.execute(pooled_calibrators.update().values(calibrator={"schema_version": 9}))
+    with pytest.raises(StorageError, match="schema version 9"):
+        await SqlPooledCalibratorStore(database).get("a")
+
+
+async def test_per_prompt_calibrators_are_counted_by_reward_and_policy_and_deleted_together(database: Database) -> None:
+    store = SqlCalibratorStore(database, clock=lambda: 7.0)
+    for prompt, reward, reference, size in [
+        ("p", "kind@1", "base", 2),
+        ("q", "kind@1", "base", 3),
+        ("p", "kind@1", "hot", 4),
+        ("p", "kind@2", "base", 5),
+    ]:
+        await store.put(prompt, ReferenceScores.fit([[0.0, 1.0]] * size, reference=reference, reward=reward))
+    groups = await store.groups()
+    assert [(g.reward, g.reference, g.num_prompts, g.num_rollouts, g.updated_at) for g in groups] == [
+        ("kind@1", "base", 2, 5, 7.0),
+        ("kind@1", "hot", 1, 4, 7.0),
+        ("kind@2", "base", 1, 5, 7.0),
+    ]
+    assert len({group.id for group in groups}) == 3
+    await store.delete_group(groups[0])
+    assert await store.groups() == groups[1:]

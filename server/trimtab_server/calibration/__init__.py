@@ -1,0 +1,1 @@
+"""Fitting calibrators offline and telling how good they are."""
