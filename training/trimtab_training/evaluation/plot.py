@@ -1,0 +1,212 @@
+"""A report as a picture: win rate against KL, with the curves that the theory draws there."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
+
+from trimtab_adapters.contract.errors import InvalidRequestError, StorageError
+from trimtab_training.evaluation.figures import NUM_BINS
+from trimtab_training.evaluation.intervals import Estimate
+from trimtab_training.evaluation.procedures import Chosen, parse_procedure
+from trimtab_training.evaluation.report import Report
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Told apart by most colour-blind readers (Okabe and Ito)."""
+_GUIDE = "#777777"
+_KL_TICKS = (0, 0.05, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    policy: str
+    procedure: str
+    kl: Estimate
+    win: Estimate
+
+
+def write_plot(report: Report, path: Path) -> None:
+    """Draw the report.
+
+    Left, every policy under every procedure against one sample of the reference policy, and where there is a judge the
+    same by the judge; then the same procedure on both sides; then where rewards stand among the reference policy's.
+
+    Raises:
+        InvalidRequestError: The ending of the path is no format of a picture.
+        StorageError: It cannot be written.
+    """
+    panels: list[Callable[[Axes], None]] = [lambda axes: _against_one(axes, report, is_judged=False)]
+    if report.judge is not None:
+        panels.append(lambda axes: _against_one(axes, report, is_judged=True))
+    if any(rate.procedure == rate.opponent_procedure for rate in report.win_rates):
+        panels.append(lambda axes: _same_procedure(axes, report))
+    panels.append(lambda axes: _histogram(axes, report))
+    figure = Figure(figsize=(5.2 * len(panels), 4.9), dpi=150, layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    figure.suptitle(_caption(report), fontsize=9, color="#444444")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except ValueError as exc:
+        raise InvalidRequestError(f"the plot cannot be written to {path}: {exc}") from exc
+    except OSError as exc:
+        raise StorageError(f"the plot cannot be written to {path}: {exc}") from exc
+
+
+def best_of_n_curve(largest_kl: float) -> tuple[list[float], list[float]]:
+    """KL and win rate of best-of-n without ties, n from 1 on: log n - (n - 1) / n and n / (n + 1)."""
+    n = np.exp(np.linspace(0, largest_kl + 1, 400) ** 2 / (largest_kl + 1))
+    kl, win = np.log(n) - (n - 1) / n, n / (n + 1)
+    return kl[kl <= largest_kl].tolist(), win[kl <= largest_kl].tolist()
+
+
+def best_tilt_curve(largest_kl: float) -> tuple[list[float], list[float]]:
+    """KL and win rate over one sample of the base tilted by exp(λ calibrated reward): no policy has a larger one.
+
+    Win 1 / (1 - e^-λ) - 1 / λ, KL λ win - log((e^λ - 1) / λ), on a reward without ties (InfAlign).
+    """
+    tilt = np.exp(np.linspace(np.log(1e-2), largest_kl + 2, 400))
+    win = -1 / np.expm1(-tilt) - 1 / tilt
+    kl = tilt * win - (tilt + np.log(-np.expm1(-tilt)) - np.log(tilt))
+    return [0.0, *kl[kl <= largest_kl].tolist()], [0.5, *win[kl <= largest_kl].tolist()]
+
+
+def _against_one(axes: Axes, report: Report, *, is_judged: bool) -> None:
+    points = [
+        _Point(outcome.policy, outcome.procedure, outcome.kl_to_base.total, win)
+        for outcome in report.outcomes
+        if (win := outcome.judge_calibrated_reward if is_judged else outcome.calibrated_reward) is not None
+        and outcome.kl_to_base.total is not None
+    ]
+    _win_rate_axes(axes, report, points)
+    by = f"{report.judge}, chosen by {report.reward}" if is_judged else report.reward
+    axes.set_title(f"Against one sample of {report.reference}\nby {by}", fontsize=10)
+    axes.set_xlabel(_kl_label(report, "KL(procedure of the policy ‖ base)"))
+    left_out = len(report.outcomes) - len(points)
+    if left_out:
+        axes.text(0.99, 0.01, f"{left_out} not drawn: KL unknown", transform=axes.transAxes, ha="right", fontsize=7)
+
+
+def _same_procedure(axes: Axes, report: Report) -> None:
+    kls = {entry.policy.name: entry.figures.kl_to_base.per_sequence for entry in report.policies}
+    points = [
+        _Point(rate.policy, rate.procedure, kls[rate.policy], rate.win_rate)
+        for rate in report.win_rates
+        if rate.procedure == rate.opponent_procedure and rate.opponent == report.reference
+    ]
+    _win_rate_axes(axes, report, points)
+    axes.set_title(f"Against {report.reference}, the same procedure\non both sides, by {report.reward}", fontsize=10)
+    axes.set_xlabel(_kl_label(report, "KL(policy ‖ base)"))
+
+
+def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point]) -> None:
+    colours = _colours(report)
+    largest = max([2.0, *(_upper(point.kl) * 1.1 for point in points)])
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set_xlim(0, largest)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in _KL_TICKS if tick <= largest]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.axhline(0.5, color=_GUIDE, linewidth=0.6)
+    axes.plot(*best_tilt_curve(largest), color=_GUIDE, linewidth=1, linestyle=":", label="best tilt, one sample")
+    axes.plot(*best_of_n_curve(largest), color=_GUIDE, linewidth=1, linestyle="--", label="best-of-n of the base")
+    seen: set[str] = set()
+    for point in points:
+        kl = max(0.0, point.kl.value)
+        axes.errorbar(
+            kl,
+            point.win.value,
+            xerr=_arms(point.kl, kl),
+            yerr=_arms(point.win, point.win.value),
+            fmt=_marker(point.procedure),
+            color=colours[point.policy],
+            markersize=6,
+            capsize=2,
+            linewidth=1,
+            label=None if point.policy in seen else point.policy,
+            clip_on=False,
+            zorder=3,
+        )
+        axes.annotate(
+            _short(point.procedure),
+            (kl, point.win.value),
+            xytext=(6, -9),
+            textcoords="offset points",
+            fontsize=7,
+            color=colours[point.policy],
+        )
+        seen.add(point.policy)
+    lows = [point.win.low if point.win.low is not None else point.win.value for point in points]
+    axes.set_ylim(min([0.45, *(low - 0.03 for low in lows)]), 1.0)
+    axes.set_ylabel("win rate, ties half")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def _histogram(axes: Axes, report: Report) -> None:
+    colours = _colours(report)
+    edges = np.linspace(0, 1, NUM_BINS + 1)
+    for entry in report.policies:
+        name = entry.policy.name
+        mean = entry.figures.calibrated_reward.value
+        axes.stairs(
+            np.array(entry.figures.calibrated_histogram) * NUM_BINS,
+            edges,
+            color=colours[name],
+            linewidth=1.8,
+            label=f"{name}, mean {mean:.2f}",
+        )
+    axes.axhline(1.0, color=_GUIDE, linewidth=0.8, linestyle=":")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"Calibrated rewards of single samples\nagainst {report.reference}, by {report.reward}", fontsize=10)
+    axes.set_xlabel("share of the reference's samples that score lower")
+    axes.set_ylabel("density")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _caption(report: Report) -> str:
+    interval = report.settings["interval"]
+    return (
+        f"{report.prompts['num']} prompts × {report.settings['samples']} samples; bars: {interval['confidence']:.0%} "
+        f"intervals over prompts ({interval['method']}); numbers: n of best-of (▲) and worst-of (▼)"
+    )
+
+
+def _kl_label(report: Report, what: str) -> str:
+    return f"{what}, nats per sequence" + ("" if report.kl_is_of_sampled_policy else "\nbefore temperature and top_p")
+
+
+def _colours(report: Report) -> dict[str, str]:
+    return {entry.policy.name: _COLOURS[i % len(_COLOURS)] for i, entry in enumerate(report.policies)}
+
+
+def _marker(procedure: str) -> str:
+    parsed = parse_procedure(procedure)
+    if not isinstance(parsed, Chosen):
+        return "s"
+    return "o" if parsed.n == 1 else "^" if parsed.extreme == "best" else "v"
+
+
+def _short(procedure: str) -> str:
+    parsed = parse_procedure(procedure)
+    if not isinstance(parsed, Chosen):
+        return "served"
+    return "" if parsed.n == 1 else str(parsed.n)
+
+
+def _upper(estimate: Estimate) -> float:
+    return estimate.value if estimate.high is None else max(estimate.value, estimate.high)
+
+
+def _arms(estimate: Estimate, centre: float) -> list[list[float]] | None:
+    """Lengths of the two arms of an error bar, as matplotlib wants them."""
+    if estimate.low is None or estimate.high is None:
+        return None
+    return [[max(0.0, centre - max(0.0, estimate.low))], [max(0.0, estimate.high - centre)]]
