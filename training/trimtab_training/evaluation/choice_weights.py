@@ -67,15 +67,17 @@ def disjoint_choice_weights(first: Floats, first_chosen: Chosen, second: Floats,
         raise ValueError("the pools differ in size")
     m, n1, n2 = len(first), first_chosen.n, second_chosen.n
     _check_size(n1 + n2, m)
+    if n1 > n2:  # the sum over c has n1 terms
+        return disjoint_choice_weights(second, second_chosen, first, first_chosen).T
     below_first, below_second = _beats(first, first_chosen), _beats(second, second_chosen)
-    both = below_first.astype(np.int64) @ below_second.T.astype(np.int64)
+    both = (below_first.astype(np.float64) @ below_second.T.astype(np.float64)).astype(np.int64)
     only_first = below_first.sum(axis=1)[:, None] - below_first - both
     of_second = below_second.sum(axis=1)[None, :] - below_second.T
-    log_total = _log_comb(np.array(m), n1) + _log_comb(np.array(m - n1), n2)
+    log_total = _log_combs(m, n1)[m] + _log_combs(m, n2)[m - n1]
     weights = np.zeros((m, m))
     for shared in range(n1):
-        log_count = _log_comb(both, shared) + _log_comb(only_first, n1 - 1 - shared)
-        weights += np.exp(log_count + _log_comb(of_second - shared, n2 - 1) - log_total)
+        log_count = _log_combs(m, shared)[both] + _log_combs(m, n1 - 1 - shared)[only_first]
+        weights += np.exp(log_count + _log_combs(m, n2 - 1)[np.maximum(of_second - shared, -1)] - log_total)
     np.fill_diagonal(weights, 0.0)
     return weights
 
@@ -103,8 +105,11 @@ def _beats(rewards: Floats, chosen: Chosen) -> Bools:
     return np.asarray(rank[:, None] > rank[None, :])
 
 
-def _log_comb(n: NDArray[np.int64], k: int) -> Floats:
-    """log C(n, k); minus infinity where there is no such subset."""
+@lru_cache(maxsize=1024)
+def _log_combs(m: int, k: int) -> Floats:
+    """log C(n, k) at index n for n = 0 .. m, and at m + 1, so at index -1 as well, for a negative n."""
+    n = np.arange(m + 2)
+    n[-1] = -1
     is_possible = n >= k
     possible = np.where(is_possible, n, k).astype(np.float64)
     value = gammaln(possible + 1) - gammaln(k + 1.0) - gammaln(possible - k + 1)

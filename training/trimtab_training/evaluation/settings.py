@@ -156,29 +156,33 @@ class EvaluateConfig(ConfigSection):
     @model_validator(mode="after")
     def _samples_suffice(self) -> Self:
         try:
-            named = [(first, second) for first, second in self.pairs]
-            named += [
-                (Side(policy=policy.name, procedure=text), Side(policy=self.reference_name, procedure=text))
-                for text in self.procedures
-                for policy in self.policies
-            ]
-            for first, second in named:
+            for first, second in self.pairs:
                 self._check_samples(first, second)
+            for text in self.procedures:
+                reference = Side(policy=self.reference_name, procedure=text)
+                _check_size(text, _size(reference), self.samples)
+                for policy in self.policies:
+                    if policy.name != self.reference_name:
+                        self._check_samples(Side(policy=policy.name, procedure=text), reference)
         except InvalidRequestError as exc:
             raise ValueError(exc.message) from exc
         return self
 
     def _check_samples(self, first: Side, second: Side) -> None:
-        sizes = [side.parsed.n if isinstance(side.parsed, Chosen) else 1 for side in (first, second)]
-        is_alone = first == second and first.policy == self.reference_name
+        sizes = _size(first), _size(second)
         is_disjoint = self.common_seeds or first.draws == second.draws
-        needed = sum(sizes) if is_disjoint and not is_alone else max(sizes)
-        if needed > self.samples:
-            apart = ", of which no two of an index (one policy on both sides, or common seeds)" if is_disjoint else ""
-            raise ValueError(
-                f"{first.procedure} against {second.procedure} needs {needed} samples per prompt{apart}; "
-                f"samples is {self.samples}"
-            )
+        apart = ", of which no two of an index (one policy on both sides, or common seeds)" if is_disjoint else ""
+        needed = sum(sizes) if is_disjoint else max(sizes)
+        _check_size(f"{first.procedure} against {second.procedure}", needed, self.samples, apart)
+
+
+def _size(side: Side) -> int:
+    return side.parsed.n if isinstance(side.parsed, Chosen) else 1
+
+
+def _check_size(what: str, needed: int, samples: int, apart: str = "") -> None:
+    if needed > samples:
+        raise ValueError(f"{what} needs {needed} samples per prompt{apart}; samples is {samples}")
 
 
 def parse_config(data: Mapping[str, Any]) -> EvaluateConfig:
