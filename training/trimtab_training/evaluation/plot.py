@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from trimtab_adapters.contract.errors import InvalidRequestError, StorageError
 from trimtab_training.evaluation.figures import NUM_BINS
@@ -19,6 +23,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 """Told apart by most colour-blind readers (Okabe and Ito)."""
 _GUIDE = "#777777"
 _KL_TICKS = (0, 0.05, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+_APART_PT = 9.0
+"""Distance of points that would stand one above the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,17 @@ def write_plot(report: Report, path: Path) -> None:
     if any(rate.procedure == rate.opponent_procedure for rate in report.win_rates):
         panels.append(lambda axes: _same_procedure(axes, report))
     panels.append(lambda axes: _histogram(axes, report))
-    figure = Figure(figsize=(5.2 * len(panels), 4.9), dpi=150, layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.4 * columns, 4.4 * rows + 0.6), dpi=150, layout="constrained")
+    for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
+    handles = _legend(report)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns), fontsize=8, frameon=False
+    )
     figure.suptitle(_caption(report), fontsize=9, color="#444444")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +128,12 @@ def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point]) -> None
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.axhline(0.5, color=_GUIDE, linewidth=0.6)
-    axes.plot(*best_tilt_curve(largest), color=_GUIDE, linewidth=1, linestyle=":", label="best tilt, one sample")
-    axes.plot(*best_of_n_curve(largest), color=_GUIDE, linewidth=1, linestyle="--", label="best-of-n of the base")
-    seen: set[str] = set()
+    axes.plot(*best_tilt_curve(largest), color=_GUIDE, linewidth=1, linestyle=":")
+    axes.plot(*best_of_n_curve(largest), color=_GUIDE, linewidth=1, linestyle="--")
     for point in points:
+        beside = [other for other in points if other.policy == point.policy and other.kl == point.kl]
+        shift_in = (beside.index(point) - (len(beside) - 1) / 2) * _APART_PT / 72
+        shifted = axes.transData + ScaledTranslation(shift_in, 0, axes.get_figure().dpi_scale_trans)
         kl = max(0.0, point.kl.value)
         axes.errorbar(
             kl,
@@ -130,23 +145,22 @@ def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point]) -> None
             markersize=6,
             capsize=2,
             linewidth=1,
-            label=None if point.policy in seen else point.policy,
             clip_on=False,
+            transform=shifted,
             zorder=3,
         )
         axes.annotate(
             _short(point.procedure),
             (kl, point.win.value),
-            xytext=(6, -9),
+            xycoords=shifted,
+            xytext=(5, -9),
             textcoords="offset points",
             fontsize=7,
             color=colours[point.policy],
         )
-        seen.add(point.policy)
     lows = [point.win.low if point.win.low is not None else point.win.value for point in points]
     axes.set_ylim(min([0.45, *(low - 0.03 for low in lows)]), 1.0)
     axes.set_ylabel("win rate, ties half")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def _histogram(axes: Axes, report: Report) -> None:
@@ -160,6 +174,7 @@ def _histogram(axes: Axes, report: Report) -> None:
             edges,
             color=colours[name],
             linewidth=1.8,
+            baseline=None,
             label=f"{name}, mean {mean:.2f}",
         )
     axes.axhline(1.0, color=_GUIDE, linewidth=0.8, linestyle=":")
@@ -171,11 +186,23 @@ def _histogram(axes: Axes, report: Report) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
+def _legend(report: Report) -> list[Artist]:
+    """What colours, lines and markers mean, as far as they occur."""
+    handles: list[Artist] = [Patch(color=colour, label=name) for name, colour in _colours(report).items()]
+    kinds = {
+        _marker(procedure): name for procedure, name in ((o.procedure, _kind(o.procedure)) for o in report.outcomes)
+    }
+    handles += [Line2D([], [], color=_GUIDE, marker=m, linestyle="", label=name) for m, name in kinds.items()]
+    handles.append(Line2D([], [], color=_GUIDE, linestyle="--", label="best-of-n of the base, no ties"))
+    handles.append(Line2D([], [], color=_GUIDE, linestyle=":", label="best tilt of the base for one sample"))
+    return handles
+
+
 def _caption(report: Report) -> str:
     interval = report.settings["interval"]
     return (
         f"{report.prompts['num']} prompts × {report.settings['samples']} samples; bars: {interval['confidence']:.0%} "
-        f"intervals over prompts ({interval['method']}); numbers: n of best-of (▲) and worst-of (▼)"
+        f"intervals over prompts ({interval['method']})"
     )
 
 
@@ -192,6 +219,13 @@ def _marker(procedure: str) -> str:
     if not isinstance(parsed, Chosen):
         return "s"
     return "o" if parsed.n == 1 else "^" if parsed.extreme == "best" else "v"
+
+
+def _kind(procedure: str) -> str:
+    parsed = parse_procedure(procedure)
+    if not isinstance(parsed, Chosen):
+        return "as served"
+    return "one sample" if parsed.n == 1 else f"{parsed.extreme} of n"
 
 
 def _short(procedure: str) -> str:
