@@ -118,7 +118,7 @@ def evaluation_bench() -> Iterator[Bench]:
     router = APIRouter()
     router.include_router(build_rewards_router(rewards))
     gateway = build_gateway(parts={"routers": [router]})
-    gateway.selector.rewards.update({"noise": noise, "letters": letters})
+    gateway.scoring.rewards.update({"noise": noise, "letters": letters})
     made = Bench("", gateway, rewards, [])
     started, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()

@@ -14,7 +14,7 @@ POOLS = (
     [1.0, 1.0, 0.0, 1.0, 0.0],
     [2.0, 2.0, 2.0, 2.0, 2.0],
 )
-CHOICES = [Chosen(extreme, n) for extreme in ("best", "worst") for n in (1, 2, 3, 4, 5)]  # type: ignore[arg-type]
+CHOICES = [Chosen(extreme, n) for extreme in ("best", "worst") for n in (1, 2, 3, 4, 5)]
 
 
 def pick(rewards: list[float], subset: tuple[int, ...], chosen: Chosen) -> list[int]:
@@ -44,9 +44,9 @@ def test_more_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="4 different samples are needed and there are 3"):
         choice_weights(np.array([1.0, 2.0, 3.0]), Chosen("best", 4))
     with pytest.raises(ValueError, match="4 different samples are needed and there are 3"):
-        disjoint_choice_weights(np.arange(3.0), Chosen("best", 3), np.arange(3.0), STANDARD)
+        disjoint_choice_weights(np.zeros(3), Chosen("best", 3), np.zeros(3), STANDARD)
     with pytest.raises(ValueError, match="differ in size"):
-        disjoint_choice_weights(np.arange(3.0), STANDARD, np.arange(4.0), STANDARD)
+        disjoint_choice_weights(np.zeros(3), STANDARD, np.zeros(4), STANDARD)
 
 
 def disjoint_pairs(n1: int, n2: int, m: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -13,7 +13,7 @@ def test_the_standard_error_is_over_prompts() -> None:
     assert estimate.value == 3.0
     assert estimate.standard_error == pytest.approx(error)
     half = 3.182446305284263 * error  # Student's t at 97.5 % with 3 degrees of freedom, from the tables
-    assert (estimate.low, estimate.high) == (pytest.approx(3 - half), pytest.approx(3 + half))
+    assert [estimate.low, estimate.high] == pytest.approx([3 - half, 3 + half])
 
 
 def test_a_ratio_is_of_sums_with_its_linearised_error() -> None:

@@ -11,6 +11,7 @@ from fake_gateway import KIND
 from trimtab_adapters.contract.best_of_n import best_of_n_kl_upper_bound
 from trimtab_adapters.contract.errors import ConflictError, NotFoundError, RewardError, TrimtabError
 from trimtab_adapters.contract.params import AdapterWeight
+from trimtab_training import cli
 from trimtab_training.evaluation.report import Report
 from trimtab_training.evaluation.run import evaluate
 from trimtab_training.evaluation.sample_cache import MemorySamples, SampleCache, SampleFile
@@ -91,9 +92,12 @@ def test_a_policy_is_what_the_gateway_says_that_it_is(bench: Bench, prompt_file:
 
 def test_chats_and_token_ids_are_prompts_too(bench: Bench, prompt_file: Path) -> None:
     seen: list[tuple[str, str]] = []
-    reward = bench.rewards.by_name["noise"]
-    function = reward.function
-    reward.function = lambda prompt, output: seen.append((prompt, output)) or function(prompt, output)  # type: ignore[func-returns-value]
+
+    def seeing(prompt: str, output: str) -> float:
+        seen.append((prompt, output))
+        return float(len(seen))
+
+    bench.rewards.by_name["noise"].function = seeing
     run(config_of(bench, prompt_file, policies=[{"name": "base"}]))
     assert {prompt for prompt, _ in seen} == {*(f"Question {i}?" for i in range(4)), "Hi", "Hello"}
     assert any("messages" in body for body in bench.completions())
@@ -186,7 +190,7 @@ def test_a_served_procedure_is_drawn_through_the_gateway(bench: Bench, prompt_fi
     assert len(untouched) == 18
     assert {body["model"] for body in untouched} == {"best"}
     assert not any("reward" in body for body in untouched)
-    assert len(bench.gateway.selector.calls) == len(chosen) + len(untouched)
+    assert len(bench.gateway.scoring.calls) == len(chosen) + len(untouched)
     by_label = {(o.policy, o.procedure): o for o in report.outcomes}
     gained = by_label["base", served].mean_reward.value
     assert abs(gained - 4 / 5) < 0.154  # four standard errors: the largest of 4 has variance 2/75, over 18 samples
@@ -285,7 +289,7 @@ def test_equal_answers_are_scored_once(bench: Bench, prompt_file: Path) -> None:
 
 def test_a_refused_request_is_an_error_of_the_run(bench: Bench, prompt_file: Path) -> None:
     procedure = 'served:{"strategy":"no such"}'
-    with pytest.raises(TrimtabError, match="selection"):
+    with pytest.raises(TrimtabError, match="'no such'"):
         run(config_of(bench, prompt_file, procedures=[procedure]))
 
 
@@ -307,3 +311,51 @@ def test_malformed_prompts_are_named_by_their_line(bench: Bench, tmp_path: Path,
         run(config_of(bench, path))
     with pytest.raises(TrimtabError, match="cannot be read"):
         run(config_of(bench, tmp_path / "none.jsonl"))
+
+
+def test_the_command_writes_all_that_it_is_asked_for(
+    bench: Bench, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = [
+        *("--gateway", bench.url, "--prompts", str(prompt_file), "--reward", "noise", "--judge", "letters"),
+        *("--policy", "base", "--policy", "kind", "--policy", 'half={"adapters": [{"name": "kind", "alpha": 0.5}]}'),
+        *("--procedure", "standard", "--procedure", "best_of_n:2", "--procedure", "worst_of_n:2"),
+        *("--procedure", 'served:{"best_of":2}', "--pair", "base@best_of_n:2", "kind"),
+        *("--samples", "3", "--max-tokens", "4", "--work-dir", str(tmp_path / "work")),
+    ]
+    outputs = {ending: tmp_path / "out" / f"report.{ending}" for ending in ("json", "csv", "png", "svg")}
+    files = ["--json", str(outputs["json"]), "--csv", str(outputs["csv"]), "--plot", str(outputs["png"])]
+    assert cli.evaluate([*arguments, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "base (reference)" in printed
+    assert "kind @ best_of_n:2" in printed
+    assert "With fewer than 20 prompts" in printed
+    report = json.loads(outputs["json"].read_text())
+    assert report["schema_version"] == 1
+    assert [policy["name"] for policy in report["policies"]] == ["base", "kind", "half"]
+    assert len(report["outcomes"]) == 4 * 3
+    assert len(report["win_rates"]) == 4 * 2 + 1
+    assert len(report["differences"]) == 4
+    header, *lines = outputs["csv"].read_text().splitlines()
+    assert header.startswith("policy,procedure,opponent,opponent_procedure,judged_by,win_rate")
+    assert len(lines) == 2 * 9
+    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
+    drawn = len(bench.completions())
+    assert cli.evaluate([*arguments, "--temperature", "0.5", "--plot", str(outputs["svg"])]) == 0
+    assert "before temperature" in outputs["svg"].read_text() or "before temperature" in capsys.readouterr().out
+    assert len(bench.completions()) == 2 * drawn
+
+
+def test_bad_input_is_one_line_on_standard_error(
+    bench: Bench, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.evaluate(["--help"]) == 0
+    assert cli.evaluate(["--samples", "many"]) == 2
+    capsys.readouterr()
+    assert cli.evaluate(["--gateway", bench.url]) == 1
+    assert "prompts: Field required" in capsys.readouterr().err
+    named = ["--gateway", bench.url, "--prompts", str(prompt_file), "--policy", "base", "--reward", "unknown"]
+    assert cli.evaluate(named) == 1
+    errors = capsys.readouterr().err
+    assert "trimtab evaluate: POST /admin/rewards/unknown/score" in errors

@@ -83,8 +83,8 @@ def test_with_samples_in_common_a_policy_over_itself_would_be_biased() -> None:
     pools = np.array(list(product(range(3), repeat=4)))
     scored = Scored(Draws(()), {"r": rewards[pools]})
     best, worst = (Outcome("", Chosen(extreme, 2), scored, "r") for extreme in ("best", "worst"))
-    of_best = best_of_n_distribution(p, 2)
-    of_worst = best_of_n_distribution(p[::-1], 2)[::-1]
+    of_best = best_of_n_distribution(p.tolist(), 2)
+    of_worst = best_of_n_distribution(p[::-1].tolist(), 2)[::-1]
     expected = win_rate(of_best, of_worst)
     weights = p[pools].prod(axis=1)
     assert win_rates(best, worst, "r", is_disjoint=True) @ weights == pytest.approx(expected, abs=1e-9)
@@ -101,8 +101,8 @@ def test_two_outcomes_by_hand() -> None:
     first, second = (np.array(side) for side in zip(*product(pools, repeat=2), strict=True))
     weights = np.array([0.25, 0.75])[first].prod(axis=1) * 0.25
     for chosen, expected in ((STANDARD, 0.625), (Chosen("best", 2), 15 / 64 + (45 / 64 + 1 / 64) / 2)):
-        sides = [Outcome("", chosen, Scored(Draws(()), {"r": rewards[index]}), "r") for index in (first, second)]
-        assert win_rates(*sides, "r", is_disjoint=False) @ weights == pytest.approx(expected, abs=1e-12)
+        one, other = (Outcome("", chosen, Scored(Draws(()), {"r": rewards[i]}), "r") for i in (first, second))
+        assert win_rates(one, other, "r", is_disjoint=False) @ weights == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("chosen", [STANDARD, Chosen("best", 2), Chosen("worst", 3)])

@@ -15,8 +15,9 @@ from matplotlib.transforms import ScaledTranslation
 
 from trimtab_adapters.contract.errors import InvalidRequestError, StorageError
 from trimtab_training.evaluation.figures import NUM_BINS
+from trimtab_training.evaluation.guides import best_of_n_curve, optimum_curve
 from trimtab_training.evaluation.intervals import Estimate
-from trimtab_training.evaluation.procedures import Chosen, parse_procedure
+from trimtab_training.evaluation.procedures import STANDARD, Chosen, parse_procedure
 from trimtab_training.evaluation.report import Report
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -73,24 +74,6 @@ def write_plot(report: Report, path: Path) -> None:
         raise StorageError(f"the plot cannot be written to {path}: {exc}") from exc
 
 
-def best_of_n_curve(largest_kl: float) -> tuple[list[float], list[float]]:
-    """KL and win rate of best-of-n without ties, n from 1 on: log n - (n - 1) / n and n / (n + 1)."""
-    n = np.exp(np.linspace(0, largest_kl + 1, 400) ** 2 / (largest_kl + 1))
-    kl, win = np.log(n) - (n - 1) / n, n / (n + 1)
-    return kl[kl <= largest_kl].tolist(), win[kl <= largest_kl].tolist()
-
-
-def best_tilt_curve(largest_kl: float) -> tuple[list[float], list[float]]:
-    """KL and win rate over one sample of the base tilted by exp(λ calibrated reward): no policy has a larger one.
-
-    Win 1 / (1 - e^-λ) - 1 / λ, KL λ win - log((e^λ - 1) / λ), on a reward without ties (InfAlign).
-    """
-    tilt = np.exp(np.linspace(np.log(1e-2), largest_kl + 2, 400))
-    win = -1 / np.expm1(-tilt) - 1 / tilt
-    kl = tilt * win - (tilt + np.log(-np.expm1(-tilt)) - np.log(tilt))
-    return [0.0, *kl[kl <= largest_kl].tolist()], [0.5, *win[kl <= largest_kl].tolist()]
-
-
 def _against_one(axes: Axes, report: Report, *, is_judged: bool) -> None:
     points = [
         _Point(outcome.policy, outcome.procedure, outcome.kl_to_base.total, win)
@@ -98,7 +81,7 @@ def _against_one(axes: Axes, report: Report, *, is_judged: bool) -> None:
         if (win := outcome.judge_calibrated_reward if is_judged else outcome.calibrated_reward) is not None
         and outcome.kl_to_base.total is not None
     ]
-    _win_rate_axes(axes, report, points)
+    _win_rate_axes(axes, report, points, [STANDARD])
     by = f"{report.judge}, chosen by {report.reward}" if is_judged else report.reward
     axes.set_title(f"Against one sample of {report.reference}\nby {by}", fontsize=10)
     axes.set_xlabel(_kl_label(report, "KL(procedure of the policy ‖ base)"))
@@ -114,13 +97,15 @@ def _same_procedure(axes: Axes, report: Report) -> None:
         for rate in report.win_rates
         if rate.procedure == rate.opponent_procedure and rate.opponent == report.reference
     ]
-    _win_rate_axes(axes, report, points)
+    procedures = dict.fromkeys(parse_procedure(point.procedure) for point in points)
+    _win_rate_axes(axes, report, points, [chosen for chosen in procedures if isinstance(chosen, Chosen)])
     axes.set_title(f"Against {report.reference}, the same procedure\non both sides, by {report.reward}", fontsize=10)
     axes.set_xlabel(_kl_label(report, "KL(policy ‖ base)"))
 
 
-def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point]) -> None:
-    colours = _colours(report)
+def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point], optima: Sequence[Chosen]) -> None:
+    colours, figure = _colours(report), axes.get_figure(root=True)
+    assert figure is not None
     largest = max([2.0, *(_upper(point.kl) * 1.1 for point in points)])
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(0, largest)
@@ -128,12 +113,12 @@ def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point]) -> None
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.axhline(0.5, color=_GUIDE, linewidth=0.6)
-    axes.plot(*best_tilt_curve(largest), color=_GUIDE, linewidth=1, linestyle=":")
-    axes.plot(*best_of_n_curve(largest), color=_GUIDE, linewidth=1, linestyle="--")
+    if _has_guides(report):
+        _guides(axes, optima, largest)
     for point in points:
         beside = [other for other in points if other.policy == point.policy and other.kl == point.kl]
         shift_in = (beside.index(point) - (len(beside) - 1) / 2) * _APART_PT / 72
-        shifted = axes.transData + ScaledTranslation(shift_in, 0, axes.get_figure().dpi_scale_trans)
+        shifted = axes.transData + ScaledTranslation(shift_in, 0, figure.dpi_scale_trans)
         kl = max(0.0, point.kl.value)
         axes.errorbar(
             kl,
@@ -161,6 +146,24 @@ def _win_rate_axes(axes: Axes, report: Report, points: Sequence[_Point]) -> None
     lows = [point.win.low if point.win.low is not None else point.win.value for point in points]
     axes.set_ylim(min([0.45, *(low - 0.03 for low in lows)]), 1.0)
     axes.set_ylabel("win rate, ties half")
+
+
+def _guides(axes: Axes, optima: Sequence[Chosen], largest_kl: float) -> None:
+    for i, chosen in enumerate(optima):
+        kls, wins = optimum_curve(chosen, largest_kl)
+        axes.plot(kls, wins, color=_GUIDE, linewidth=1, linestyle=":")
+        if len(optima) > 1:
+            at = int(np.searchsorted(wins, 0.5 + (0.35 + 0.1 * (i % 4)) * (wins[-1] - 0.5)))
+            name = "1" if chosen.n == 1 else f"{chosen.n}{'▲' if chosen.extreme == 'best' else '▼'}"
+            where = (kls[at], wins[at])
+            axes.annotate(name, where, xytext=(-3, 2), textcoords="offset points", fontsize=7, color=_GUIDE, ha="right")
+    axes.plot(*best_of_n_curve(largest_kl), color=_GUIDE, linewidth=1, linestyle="--")
+
+
+def _has_guides(report: Report) -> bool:
+    """Whether the KL that is drawn is that to the reference policy, of policies as they were sampled."""
+    (reference,) = (entry.policy for entry in report.policies if entry.policy.name == report.reference)
+    return reference.steering is None and report.kl_is_of_sampled_policy
 
 
 def _histogram(axes: Axes, report: Report) -> None:
@@ -193,8 +196,9 @@ def _legend(report: Report) -> list[Artist]:
         _marker(procedure): name for procedure, name in ((o.procedure, _kind(o.procedure)) for o in report.outcomes)
     }
     handles += [Line2D([], [], color=_GUIDE, marker=m, linestyle="", label=name) for m, name in kinds.items()]
-    handles.append(Line2D([], [], color=_GUIDE, linestyle="--", label="best-of-n of the base, no ties"))
-    handles.append(Line2D([], [], color=_GUIDE, linestyle=":", label="best tilt of the base for one sample"))
+    if _has_guides(report):
+        handles.append(Line2D([], [], color=_GUIDE, linestyle="--", label="best-of-n of the base, no ties"))
+        handles.append(Line2D([], [], color=_GUIDE, linestyle=":", label="most that any policy can win"))
     return handles
 
 
