@@ -1,8 +1,8 @@
 """The `trimtab` command.
 
 Sub-commands for operators talk to the admin API over HTTP. Those that are programs of their own (`engine`, `train`,
-`trainer`, `demo`) are entry points of the group `trimtab.commands`: callables `main(argv) -> int`, imported only when
-they are called and given their arguments untouched.
+`trainer`, `evaluate`, `demo`) are entry points of the group `trimtab.commands`: callables `main(argv) -> int`,
+imported only when they are called and given their arguments untouched.
 """
 
 import sys
@@ -27,6 +27,7 @@ _PROGRAMS = {
     "engine": "Start an engine alone: a vLLM server with Trimtab's steering.",
     "train": "Train an adapter LM from a configuration file.",
     "trainer": "Work on the gateway's training jobs.",
+    "evaluate": "Compare policies behind a gateway: win rates, KL, a plot.",
     "demo": "See it all on one machine: serve, log, train, swap in, compare.",
 }
 

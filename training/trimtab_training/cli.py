@@ -1,4 +1,4 @@
-"""The commands `trimtab train`, `trimtab trainer` and `trimtab demo`. Heavy imports come after argument parsing."""
+"""The commands `trimtab train`, `trainer`, `evaluate` and `demo`. Heavy imports come after argument parsing."""
 
 import argparse
 import logging
@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab_adapters.contract.errors import TrimtabError
-from trimtab_training.config import TrainConfig, load_config
+from trimtab_training.config import GatewayConfig, TrainConfig, load_config
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 
@@ -68,6 +68,27 @@ def trainer(argv: list[str]) -> int:
     return _run_worker(arguments)
 
 
+def evaluate(argv: list[str]) -> int:
+    """Compare policies behind a running gateway; returns the exit status."""
+    from trimtab_training.evaluation.options import build_parser, tree_of
+
+    arguments = _parse(build_parser(), argv)
+    if isinstance(arguments, int):
+        return arguments
+    _set_up_logging()
+    interruption = Interruption()
+    with _signals(lambda: interruption.request("released")):
+        try:
+            _run_evaluation(tree_of(arguments), interruption, admin_key=arguments.admin_key)
+        except TrimtabError as exc:
+            _complain(f"trimtab evaluate: {exc.message}")
+            return 1
+        except TrainingInterrupted:
+            _complain("trimtab evaluate: stopped; the same command with --work-dir goes on from its samples")
+            return _INTERRUPTED
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """Run the demonstration; returns its exit status."""
     from trimtab_training.demo.run import main
@@ -100,6 +121,44 @@ def _run_worker(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_evaluation(tree: Mapping[str, Any], interruption: Interruption, *, admin_key: str | None) -> None:
+    from trimtab_training.evaluation.report import write_csv, write_json
+    from trimtab_training.evaluation.run import evaluate as run
+    from trimtab_training.evaluation.sample_cache import MemorySamples, SampleFile
+    from trimtab_training.evaluation.settings import parse_config
+    from trimtab_training.evaluation.tables import report_tables
+
+    config = parse_config(tree)
+    with ExitStack() as stack:
+        cache = MemorySamples() if config.work_dir is None else stack.enter_context(SampleFile(config.work_dir))
+        gateway = stack.enter_context(_connect(config.gateway, interruption, admin_key=admin_key))
+        report = run(config, gateway, cache, interruption=interruption)
+    console = Console()
+    for part in report_tables(report):
+        console.print(part)
+    output = config.output
+    if output.json_file is not None:
+        write_json(report, output.json_file)
+    if output.csv_file is not None:
+        write_csv(report, output.csv_file)
+    if output.plot_file is not None:
+        from trimtab_training.evaluation.plot import write_plot
+
+        write_plot(report, output.plot_file)
+
+
+def _connect(config: GatewayConfig, interruption: Interruption, *, admin_key: str | None) -> GatewayClient:
+    return GatewayClient(
+        config.url,
+        admin_key=admin_key or os.environ.get(config.admin_key_env),
+        api_key=os.environ.get(config.api_key_env),
+        concurrency=config.concurrency,
+        timeout_s=config.timeout_s,
+        retry_for_s=config.retry_for_s,
+        interruption=interruption,
+    )
+
+
 def _run_recipe(
     config: TrainConfig,
     interruption: Interruption,
@@ -115,15 +174,7 @@ def _run_recipe(
     transformers_logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
     if config.gateway is None:
         return run(config, interruption=interruption, report=report, resume=resume)
-    gateway = GatewayClient(
-        config.gateway.url,
-        admin_key=admin_key or os.environ.get(config.gateway.admin_key_env),
-        api_key=os.environ.get(config.gateway.api_key_env),
-        concurrency=config.gateway.concurrency,
-        timeout_s=config.gateway.timeout_s,
-        retry_for_s=config.gateway.retry_for_s,
-        interruption=interruption,
-    )
+    gateway = _connect(config.gateway, interruption, admin_key=admin_key)
     with gateway:
         return run(config, gateway=gateway, interruption=interruption, report=report, resume=resume)
 

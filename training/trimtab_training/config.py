@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,11 +17,16 @@ from trimtab_adapters.contract.params import AdapterName, Alpha
 UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class _Section(BaseModel):
+class ConfigSection(BaseModel):
+    """A part of a configuration tree: frozen, and a key that it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class ModelsConfig(_Section):
+_Tree = TypeVar("_Tree", bound=ConfigSection)
+
+
+class ModelsConfig(ConfigSection):
     """The two language models of the tailored policy."""
 
     base_model: Path
@@ -42,7 +47,7 @@ class ModelsConfig(_Section):
         return self
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(ConfigSection):
     """The gateway that draws, scores, registers and routes."""
 
     url: str
@@ -59,7 +64,7 @@ class GatewayConfig(_Section):
     """How long a busy or restarting gateway (429, 503, refused connections) is asked again before the run fails."""
 
 
-class RewardConfig(_Section):
+class RewardConfig(ConfigSection):
     """What the adapter is trained to raise."""
 
     name: str
@@ -70,7 +75,7 @@ class RewardConfig(_Section):
     """Outputs per scoring call."""
 
 
-class PromptFile(_Section):
+class PromptFile(ConfigSection):
     """Prompts from a JSON Lines file."""
 
     type: Literal["file"] = "file"
@@ -78,13 +83,13 @@ class PromptFile(_Section):
     """Each line is an object with `prompt` (text) or `prompt_token_ids`; other fields are ignored."""
 
 
-class PromptLog(_Section):
+class PromptLog(ConfigSection):
     """The distinct prompts of the logged rollouts that `logged` selects."""
 
     type: Literal["log"] = "log"
 
 
-class LoggedConfig(_Section):
+class LoggedConfig(ConfigSection):
     """Which logged rollouts enter the pool before the first step; a field left out means any."""
 
     enabled: bool = True
@@ -108,7 +113,7 @@ class LoggedConfig(_Section):
     does not have, enter the pool."""
 
 
-class FreshConfig(_Section):
+class FreshConfig(ConfigSection):
     """Rollouts drawn from the current policy while training goes on."""
 
     source: Literal["gateway", "local"] = "gateway"
@@ -125,7 +130,7 @@ class FreshConfig(_Section):
     """With fewer logged rollouts than this, the base alone draws one round before the first step."""
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(ConfigSection):
     """How outputs are sampled, in fresh rounds and in the evaluation."""
 
     max_tokens: int = Field(default=64, ge=1)
@@ -140,7 +145,7 @@ class SamplingConfig(_Section):
     """Tokens that end an output, besides the base model's own end-of-text; they stay part of the output's ids."""
 
 
-class QuarkConfig(_Section):
+class QuarkConfig(ConfigSection):
     """Quark on the tailored policy (IPA's algorithm)."""
 
     num_bins: int = Field(default=5, ge=2, le=64)
@@ -151,7 +156,7 @@ class QuarkConfig(_Section):
     """Weight of the entropy bonus of the tailored policy, in nats per token."""
 
 
-class OptimiserConfig(_Section):
+class OptimiserConfig(ConfigSection):
     """Adam with linear warm-up and linear decay to 0."""
 
     lr: float = Field(default=1e-5, gt=0)
@@ -170,7 +175,7 @@ class OptimiserConfig(_Section):
     """Gradients are scaled down to this norm; left out means never."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(ConfigSection):
     """Resumable checkpoints in `output_dir/checkpoints`."""
 
     every: int = Field(default=500, ge=0)
@@ -179,7 +184,7 @@ class CheckpointConfig(_Section):
     """Newest checkpoints that are kept."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(ConfigSection):
     """Base against steered on prompts that are never trained on."""
 
     share: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -192,7 +197,7 @@ class EvaluationConfig(_Section):
     """Bootstrap resamples behind the 95 % interval."""
 
 
-class PublishConfig(_Section):
+class PublishConfig(ConfigSection):
     """The version that comes out."""
 
     name: AdapterName
@@ -203,7 +208,7 @@ class PublishConfig(_Section):
     """Activate only when the 95 % interval of the reward difference to the base lies above 0."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(ConfigSection):
     """Everything that a training run needs to know."""
 
     output_dir: Path
@@ -272,14 +277,37 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     Raises:
         InvalidRequestError: It does not fit; the message names each field.
     """
+    return check_tree(TrainConfig, data, "the training configuration")
+
+
+def check_tree(kind: type[_Tree], data: Mapping[str, Any], what: str) -> _Tree:
+    """Validate a configuration tree of any kind.
+
+    Args:
+        kind: Its root.
+        data: The values.
+        what: What the message calls it.
+
+    Raises:
+        InvalidRequestError: It does not fit; the message names each field.
+    """
     try:
-        return TrainConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as exc:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in exc.errors())
-        raise InvalidRequestError(f"the training configuration is not valid: {problems}") from exc
+        raise InvalidRequestError(f"{what} is not valid: {problems}") from exc
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of a training run, see `read_tree`.
+
+    Raises:
+        InvalidRequestError: The file is missing or malformed, or the result does not fit.
+    """
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a configuration file and apply `section.key=value` overrides.
 
     Args:
@@ -287,7 +315,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         overrides: Values are read as JSON and, where that fails, taken as text.
 
     Raises:
-        InvalidRequestError: The file is missing or malformed, or the result does not fit.
+        InvalidRequestError: The file is missing or malformed, or an override is.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -300,7 +328,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise InvalidRequestError(f"the configuration {path} is not an object")
     for override in overrides:
         _apply_override(data, override)
-    return parse_config(data)
+    return data
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -137,6 +137,17 @@ class GatewayClient:
                 for future in futures:
                     future.cancel()
 
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Any call that an API key opens and that answers with a JSON object, such as one completion."""
+        response = self._http.call(method, path, headers=self._api_headers, json=body)
+        try:
+            answer = response.json()
+        except ValueError as exc:
+            raise EngineError(f"the gateway's answer to {path} is not readable: {exc}") from exc
+        if not isinstance(answer, dict):
+            raise EngineError(f"the gateway's answer to {path} is not an object")
+        return answer
+
     def read_rollouts(self, where: Mapping[str, str | int | float | bool]) -> Iterator[Rollout]:
         """Logged rollouts, oldest first; `where` holds the filters of `GET /admin/rollouts/export`."""
         query = {"format": "jsonl", **where}

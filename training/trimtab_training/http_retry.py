@@ -63,19 +63,20 @@ class RetryingClient:
         path: str,
         *,
         headers: Mapping[str, str],
-        json: Mapping[str, Any],
+        json: Mapping[str, Any] | None,
         repeatable: bool = True,
     ) -> httpx.Response:
-        """A JSON call; returns only successful answers.
+        """A JSON call; returns only successful answers. `json` None sends no body.
 
         Raises:
             TrimtabError: Of the class that the status and code stand for.
         """
         deadline = time.monotonic() + self._retry_for_s
         wait_s = _FIRST_WAIT_S
+        body = None if json is None else dict(json)
         while True:
             try:
-                response = self._client.request(method, path, headers=dict(headers), json=dict(json))
+                response = self._client.request(method, path, headers=dict(headers), json=body)
             except httpx.TransportError as exc:
                 refused = isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
                 if not (refused or repeatable) or time.monotonic() + wait_s > deadline:

@@ -1,0 +1,1 @@
+"""`trimtab evaluate`: inference-time win rates, KL and calibrated rewards of policies behind a running gateway."""

@@ -1,0 +1,122 @@
+"""Means over prompts with their errors. Prompts are the units, since samples of one prompt have it in common."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+IntervalMethod = Literal["bca", "percentile", "t"]
+"""`bca` and `percentile` resample prompts (Efron 1987); `t` is mean ± t · standard error with one degree of freedom
+less than there are prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean, or a ratio of means, over prompts.
+
+    Attributes:
+        value: The estimate.
+        standard_error: Over prompts; None with a single prompt.
+        low: Lower end of the interval; None with a single prompt.
+        high: Upper end.
+        method: How the interval was made: one of `IntervalMethod`; `exact` where all prompts agree on an end of the
+            range that the quantity is known to lie in; `none` where all prompts agree on anything else (the interval is
+            then a point) or where there is one prompt only (there is none).
+    """
+
+    value: float
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Makes intervals, always the same from the same numbers.
+
+    Attributes:
+        method: How.
+        confidence: Coverage, such as 0.95.
+        num_resamples: Of the bootstrap.
+        seed: Of the bootstrap. Every estimate resamples the same prompts.
+    """
+
+    method: IntervalMethod = "bca"
+    confidence: float = 0.95
+    num_resamples: int = 2000
+    seed: int = 0
+
+    def mean(self, values: Sequence[float] | Floats, bounds: tuple[float, float] | None = None) -> Estimate:
+        """The mean of one value per prompt.
+
+        Args:
+            values: `[prompts]`, at least one.
+            bounds: The range that the values are known to lie in.
+        """
+        numbers = np.asarray(values, dtype=np.float64)
+        return self._estimate(numbers, np.ones_like(numbers), bounds)
+
+    def ratio(self, numerators: Floats, denominators: Floats) -> Estimate | None:
+        """Sum of numerators over sum of denominators, one of each per prompt; None when there is nothing to divide by.
+
+        The standard error is that of the linearised ratio.
+        """
+        if denominators.sum() == 0:
+            return None
+        return self._estimate(numerators, denominators, None)
+
+    def _estimate(self, numerators: Floats, denominators: Floats, bounds: tuple[float, float] | None) -> Estimate:
+        num = len(numerators)
+        value = float(numerators.sum() / denominators.sum())
+        if num < 2:
+            return Estimate(value, None, None, None, "none")
+        residuals = (numerators - value * denominators) / denominators.mean()
+        if np.abs(residuals).max() <= 1e-12 * max(1.0, abs(value)):
+            return self._agreed(value, num, bounds)
+        error = float(np.sqrt((residuals**2).sum() / (num - 1) / num))
+        if self.method == "t":
+            half = float(stats.t.ppf(0.5 + self.confidence / 2, num - 1)) * error
+            low, high = value - half, value + half
+        else:
+            low, high = self._bootstrap(numerators, denominators)
+        if bounds is not None:
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+        return Estimate(value, error, low, high, self.method)
+
+    def _bootstrap(self, numerators: Floats, denominators: Floats) -> tuple[float, float]:
+        def ratio(upper: Floats, lower: Floats, axis: int = -1) -> Floats:
+            return np.asarray(upper.sum(axis=axis) / lower.sum(axis=axis))
+
+        result = stats.bootstrap(
+            (numerators, denominators),
+            ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=self.num_resamples,
+            confidence_level=self.confidence,
+            method="BCa" if self.method == "bca" else "percentile",
+            rng=np.random.default_rng([self.seed, 1]),
+        )
+        return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+    def _agreed(self, value: float, num: int, bounds: tuple[float, float] | None) -> Estimate:
+        """All prompts have the same value, which resampling would take for certainty.
+
+        A mean below m of numbers up to the bound 1 has at most the share m of them at 1, so it shows num of them there
+        with probability m^num at most: the exact (Clopper-Pearson) bound for a share, mirrored and scaled.
+        """
+        ends = [end for end in bounds or () if math.isclose(value, end, abs_tol=1e-9)]
+        if bounds is None or len(ends) != 1:
+            return Estimate(value, 0.0, value, value, "none")
+        low, high = bounds
+        reach = (high - low) * (1 - float(((1 - self.confidence) / 2) ** (1 / num)))
+        if ends == [low]:
+            return Estimate(low, 0.0, low, low + reach, "exact")
+        return Estimate(high, 0.0, high - reach, high, "exact")
