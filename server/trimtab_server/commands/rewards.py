@@ -9,6 +9,7 @@ from trimtab_server.commands.admin_client import AdminClient
 from trimtab_server.commands.errors import CommandError
 from trimtab_server.commands.options import DEFAULT_URL, AdminKey, AsJson, Url
 from trimtab_server.commands.output import print_json, print_line, print_rows
+from trimtab_server.commands.overoptimization import list_caps, overoptimization
 
 _COLUMNS = {"name": "NAME", "kind": "KIND", "target": "TARGET", "options": "OPTIONS"}
 
@@ -44,6 +45,8 @@ def build_rewards_commands() -> typer.Typer:
     group = typer.Typer(no_args_is_help=True, help="What candidates are judged by.")
     group.command("list")(list_rewards)
     group.command("add")(add)
+    group.command("overoptimization")(overoptimization)
+    group.command("caps")(list_caps)
     return group
 
 

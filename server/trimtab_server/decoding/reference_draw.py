@@ -7,8 +7,7 @@ from trimtab_server.decoding.fanout import generate_all
 from trimtab_server.decoding.job import GenerationJob
 from trimtab_server.engine.base import Candidate, Engine
 
-# What does not change the distribution of the text.
-_NOT_SAMPLING = {
+NOT_SAMPLING = {
     "logprobs",
     "top_logprobs",
     "return_token_ids",
@@ -17,6 +16,7 @@ _NOT_SAMPLING = {
     "stream_interval",
     "priority",
 }
+"""Fields of an engine's request that do not change the distribution of the text."""
 
 
 class BaseReferenceDraw:
@@ -33,7 +33,7 @@ class BaseReferenceDraw:
     def key(self) -> str:
         """Base model, `unsteered`, and a hash of the sampling settings without the seed."""
         job = self._job
-        sampling = {key: value for key, value in job.body.items() if key not in _NOT_SAMPLING}
+        sampling = {key: value for key, value in job.body.items() if key not in NOT_SAMPLING}
         text = json.dumps([job.endpoint, sampling], sort_keys=True)
         return f"{job.resolved.base_model}/unsteered/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -9,6 +9,7 @@ from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, SteeringRequest
 from trimtab_adapters.contract.records import Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
+from trimtab_adapters.contract.selection_cap import SelectionCap
 
 NO_OPTIONS = SteeringOptions()
 """A steering that has nothing beside its adapters."""
@@ -131,6 +132,18 @@ class RewardSpecs(Protocol):
 
     async def put(self, spec: RewardSpec) -> None:
         """Add or replace by name."""
+        ...
+
+
+class SelectionCapStore(Protocol):
+    """Measured caps for best-of-N, kept over restarts."""
+
+    async def list(self) -> Sequence[SelectionCap]:
+        """All of them, newest first."""
+        ...
+
+    async def put(self, cap: SelectionCap) -> None:
+        """Replace what was stored for the same rewards and base model."""
         ...
 
 

@@ -9,6 +9,7 @@
 | `rollout_adapters` | the terms of each rollout's steering, to filter by |
 | `rewards` | rewards registered by the admin API |
 | `calibrators` | reference rewards per prompt |
+| `selection_caps` | measured caps for best-of-N |
 | `training_jobs` | the trainer's queue |
 | `alembic_version` | the schema's revision, kept by Alembic |
 """
@@ -137,6 +138,18 @@ calibrators = Table(
     Column("reference", Text, nullable=False),
     Column("scores", PackedNumbers("<f8"), nullable=False),
     Column("updated_at", Double, nullable=False),
+)
+
+selection_caps = Table(
+    "selection_caps",
+    metadata,
+    # SHA-256 of the next three, which are too long for an index in every database.
+    Column("key", String(64), primary_key=True),
+    Column("proxy", Text, nullable=False),
+    Column("gold", Text, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("cap", JsonText, nullable=False),
+    Column("created_at", Double, nullable=False),
 )
 
 training_jobs = Table(
