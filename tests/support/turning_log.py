@@ -29,13 +29,13 @@ def rollout(rollout_id: str, prompt: int = 0, **changes: Any) -> Rollout:
 
 
 def turning_rollouts(prompts: int, samples: int, seed: int = 0) -> list[Rollout]:
-    """Outputs "u g" with a proxy u in [0, 1] and a gold g that rises with u up to 0.6 and falls steeply behind."""
+    """Outputs "u g" with a proxy u in [0, 1] and a gold g that rises with u up to 0.83 and falls steeply behind."""
     rng = np.random.default_rng(seed)
     made = []
     for prompt in range(prompts):
         for sample in range(samples):
             u = rng.random()
-            g = u - 1.5 * max(0.0, u - 0.6) / 0.4 + 0.1 * rng.standard_normal()
+            g = u - u**16 + 0.1 * rng.standard_normal()
             made.append(rollout(f"{prompt}-{sample}", prompt, output_text=f"{u} {g}"))
     return made
 

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Verdict = Literal["cap", "no significant bend", "beyond the data"]
-"""Whether the data support a cap: the curve bends down and its peak was measured, or it was not seen to bend, or it
-bends but peaks at more candidates than were measured."""
+Verdict = Literal["cap", "no significant bend", "beyond the data", "no significant fall"]
+"""Whether the data support a cap. For `cap` the law bends down, peaks at an n that was measured, and the gold reward
+measured at the largest n is significantly below that at the peak; otherwise the first of these that does not hold."""
 
 
 class SelectionCurvePoint(BaseModel):

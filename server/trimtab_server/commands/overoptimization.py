@@ -25,6 +25,7 @@ _CAPS = {
 _VERDICTS = {
     "cap": "Cap: best-of-N by {proxy} up to N = {cap}; with more candidates {gold} falls.",
     "no significant bend": "No cap: over these N {gold} is not seen to turn; beta is not 1.96 standard errors above 0.",
+    "no significant fall": "No cap: {gold} levels off but is not seen to fall; more candidates cost and do not help.",
     "beyond the data": "No cap: {gold} bends, but by the law it peaks at more candidates than the {max_n} measured.",
 }
 

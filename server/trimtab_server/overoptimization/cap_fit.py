@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimtab_adapters.contract.errors import ConflictError
-from trimtab_adapters.contract.selection_cap import SelectionCap, SelectionCurvePoint
+from trimtab_adapters.contract.selection_cap import SelectionCap, SelectionCurvePoint, Verdict
 from trimtab_adapters.infalign.overoptimization import OveroptimizationLaw
 from trimtab_adapters.infalign.selection_curve import best_of_n_gold, selection_curve
+from trimtab_adapters.infalign.unit_interval import FloatArray
 
 MIN_PROMPTS = 20
 """An interval over fewer prompts means little."""
 MIN_SAMPLES = 4
 """Of a prompt: the law has two parameters and nothing to say about n = 1, so n must reach 4."""
 MAX_N = 64
+_SIGNIFICANT = 1.959963984540054  # One-sided 2.5 %.
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,10 @@ def fit_selection_cap(
         rows[pool.prompt_key].append(best_of_n_gold(pool.proxy, pool.gold, max_n))
     per_prompt = np.array([np.mean(estimates, axis=0) for estimates in rows.values()])
     law = OveroptimizationLaw.fit_prompts(per_prompt)
+    verdict: Verdict = law.verdict
+    # The law is concave: fitted to a gold reward that only levels off it peaks, too. Falling must be seen in the data.
+    if law.cap is not None and not _falls_behind(per_prompt, law.cap):
+        verdict = "no significant fall"
     return SelectionCap(
         proxy=proxy,
         gold=gold,
@@ -100,8 +106,14 @@ def fit_selection_cap(
         alpha_standard_error=law.alpha_standard_error,
         beta=law.beta,
         beta_standard_error=law.beta_standard_error,
-        verdict=law.verdict,
-        cap=law.cap,
+        verdict=verdict,
+        cap=law.cap if verdict == "cap" else None,
         route=route,
         created_at=created_at,
     )
+
+
+def _falls_behind(per_prompt: FloatArray, n: int) -> bool:
+    # Whether the best of n has significantly more gold than the best of the largest n, compared within prompts.
+    fall = per_prompt[:, n - 1] - per_prompt[:, -1]
+    return bool(fall.mean() > _SIGNIFICANT * fall.std(ddof=1) / math.sqrt(len(fall)))

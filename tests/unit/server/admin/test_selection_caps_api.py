@@ -53,6 +53,7 @@ async def test_a_cap_is_measured_stored_and_listed(bench: Bench) -> None:
     # The longest of two is i with probability (i-1)/28.
     expected = sum((i - 1) / 28 * (1 - abs(i - 4) / 4) for i in range(1, 9))
     assert cap["curve"][1]["gold"] == pytest.approx(expected)
+    assert (cap["cap"], cap["verdict"]) == (1, "cap")
     assert (await bench.call("GET", "selection-caps"))["data"] == [cap]
 
 
@@ -96,6 +97,8 @@ async def test_the_command_prints_the_curve_the_law_and_the_verdict(bench: Bench
     assert lines[2].split()[2] == "0.5"
     assert lines[10].startswith("gain = d (alpha - beta d), d = sqrt(KL): alpha ")
     assert plot.read_bytes().startswith(b"\x89PNG")
+    # Every prompt has the same pool, so there is no doubt; gold falls from the start.
+    assert lines[11] == "Cap: best-of-N by length@7 up to N = 1; with more candidates brevity@2 falls."
     assert lines[12] == f"{plot} is drawn"
     listed = json.loads(await run("rewards", "caps", "--json"))
     assert [cap["gold"] for cap in listed] == ["brevity@2"]

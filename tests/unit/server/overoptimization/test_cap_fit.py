@@ -14,30 +14,43 @@ def fit(pools: list[ScoredPool], max_n: int) -> SelectionCap:
     return fit_selection_cap(pools, max_n, proxy="p@1", gold="g@2", base_model="base", created_at=7.0, route="nice")
 
 
-def turning_pools(prompts: int, samples: int, noise: float = 0.1, seed: int = 0) -> list[ScoredPool]:
-    """Gold rises with the proxy to its 60th percentile and falls steeply behind."""
+def turning_pools(prompts: int, samples: int, seed: int = 0) -> list[ScoredPool]:
+    """Gold u - u^16 and noise for a proxy u: it rises up to u = 0.83 and falls steeply behind."""
     rng = np.random.default_rng(seed)
     pools = []
     for prompt in range(prompts):
         u = rng.random(samples)
-        g = u - 1.5 * np.maximum(0, u - 0.6) / 0.4 + noise * rng.standard_normal(samples)
-        pools.append(ScoredPool(str(prompt), u.tolist(), g.tolist()))
+        gold = u - u**16 + 0.1 * rng.standard_normal(samples)
+        pools.append(ScoredPool(str(prompt), u.tolist(), gold.tolist()))
     return pools
 
 
 def test_gold_that_turns_gets_a_cap_near_its_best_n() -> None:
-    cap = fit(turning_pools(400, 16), 12)
-    # E[g] of the best of n is n/(n+1) - 3.75 E[max(0, u - .6)]; its law has a cap near the n where that is largest.
-    n = np.arange(1, 13)
-    lost = 3.75 * (n / (n + 1) * (1 - 0.6 ** (n + 1)) - 0.6 * (1 - 0.6**n))
-    exact = n / (n + 1) - lost
-    for point, expected in zip(cap.curve, exact, strict=True):
-        assert abs(point.gold - expected) < 2 * (point.gold_high - point.gold_low)  # 4 standard errors either way: 6e-5
+    cap = fit(turning_pools(400, 24), 16)
+    # E[g] of the best of n is n/(n+1) - n/(n+16): by hand .441 .556 .592 .600 .595 .. .441, largest at n = 4.
+    n = np.arange(1, 17)
+    for point, expected in zip(cap.curve, n / (n + 1) - n / (n + 16), strict=True):
+        # The whole width of an interval is 3.9 standard errors: 1e-4 a point, 1.6e-3 for all 16, and the seed is fixed.
+        assert abs(point.gold - expected) < point.gold_high - point.gold_low
     assert cap.verdict == "cap"
-    assert cap.cap is not None
-    assert abs(cap.cap - (int(np.argmax(exact)) + 1)) <= 1
-    assert (cap.num_prompts, cap.num_samples) == (400, 6400)
+    # The law is not that curve: fitted to it without noise up to n = 16 it has its peak at n = 3.2.
+    assert cap.cap in (3, 4)
+    assert (cap.num_prompts, cap.num_samples) == (400, 9600)
     assert (cap.proxy, cap.gold, cap.base_model, cap.route, cap.created_at) == ("p@1", "g@2", "base", "nice", 7.0)
+
+
+def test_gold_that_levels_off_gets_no_cap_though_its_law_peaks() -> None:
+    # Gold is 1 for any proxy above 0.5 and u twice below: nearly all is reached with 4 candidates, and nothing is lost.
+    rng = np.random.default_rng(2)
+    pools = []
+    for prompt in range(200):
+        u = rng.random(32)
+        gold = np.minimum(1.0, 2 * u) + 0.01 * rng.standard_normal(32)
+        pools.append(ScoredPool(str(prompt), u.tolist(), gold.tolist()))
+    law = OveroptimizationLaw.fit_prompts(np.array([best_of_n_gold(p.proxy, p.gold, 32) for p in pools]))
+    assert law.cap is not None
+    cap = fit(pools, 32)
+    assert (cap.cap, cap.verdict) == (None, "no significant fall")
 
 
 def test_a_proxy_that_is_the_gold_reward_gets_no_cap_within_the_data() -> None:
@@ -69,7 +82,7 @@ def test_pools_of_one_prompt_count_as_one_prompt() -> None:
 
 
 def test_the_law_is_fitted_to_the_mean_over_prompts() -> None:
-    pools = turning_pools(25, 9)
+    pools = turning_pools(200, 9)
     law = OveroptimizationLaw.fit_prompts(np.array([best_of_n_gold(p.proxy, p.gold, 7) for p in pools]))
     cap = fit(pools, 7)
     assert (cap.alpha, cap.beta, cap.beta_standard_error) == (law.alpha, law.beta, law.beta_standard_error)

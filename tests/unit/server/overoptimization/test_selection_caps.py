@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from trimtab_adapters.contract.errors import StorageError
 from trimtab_adapters.contract.selection_cap import SelectionCap
@@ -39,6 +40,7 @@ class FlakyStore(MemorySelectionCapStore):
         self.num_reads = 0
         self.is_down = False
 
+    @override
     async def list(self) -> Sequence[SelectionCap]:
         self.num_reads += 1
         if self.is_down:
