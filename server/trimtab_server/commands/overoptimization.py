@@ -25,7 +25,7 @@ _CAPS = {
 _VERDICTS = {
     "cap": "Cap: best-of-N by {proxy} up to N = {cap}; with more candidates {gold} falls.",
     "no significant bend": "No cap: over these N {gold} is not seen to turn; beta is not 1.96 standard errors above 0.",
-    "no significant fall": "No cap: {gold} levels off but is not seen to fall; more candidates cost and do not help.",
+    "no significant fall": "No cap: {gold} does not rise all the way, but neither is it seen to fall.",
     "beyond the data": "No cap: {gold} bends, but by the law it peaks at more candidates than the {max_n} measured.",
 }
 
@@ -82,5 +82,5 @@ def _row(cap: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
         "kl": f"{point['kl']:.3f}",
         "interval": f"{point['gold_low']:.4g} .. {point['gold_high']:.4g}",
         "error": point["gain_standard_error"],
-        "law": float(distance * (cap["alpha"] - cap["beta"] * distance)),
+        "law": float(distance * (cap["alpha"] - cap["beta"] * distance)) + 0.0,  # no -0
     }

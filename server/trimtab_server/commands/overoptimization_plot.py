@@ -35,6 +35,8 @@ def plot_cap(cap: Mapping[str, Any], path: Path) -> None:
     if cap["cap"] is not None:
         axes.axvline(cap["cap"], color="black", linewidth=1, label=f"cap {cap['cap']}")
     axes.set_xscale("log", base=2)
+    ticks = [2**power for power in range(n[-1].bit_length())]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel(f"candidates n, chosen by {cap['proxy']}")
     axes.set_ylabel(cap["gold"])
     axes.set_title(f"{cap['base_model']}: {cap['num_prompts']} prompts, {cap['num_samples']} samples", fontsize=10)

@@ -61,6 +61,15 @@ def test_a_proxy_that_is_the_gold_reward_gets_no_cap_within_the_data() -> None:
     assert all(a.gold < b.gold for a, b in zip(cap.curve, cap.curve[1:], strict=False))
 
 
+def test_gold_that_only_falls_gets_a_cap_of_1() -> None:
+    # Gold is minus the proxy: -n/(n+1), a fall that slows down.
+    rng = np.random.default_rng(8)
+    pools = [ScoredPool(str(i), (u := rng.random(8)).tolist(), (-u).tolist()) for i in range(50)]
+    cap = fit(pools, 8)
+    assert (cap.cap, cap.verdict) == (1, "cap")
+    assert cap.beta < 0
+
+
 def test_noise_alone_gets_no_cap() -> None:
     # One-sided 2.5 % a data set: more than 4 caps of 20 have a chance of 1.5e-4 (binomial).
     rng = np.random.default_rng(3)
