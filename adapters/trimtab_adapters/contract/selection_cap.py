@@ -43,6 +43,10 @@ class SelectionCap(BaseModel):
     base_model: str
     num_prompts: int
     num_samples: int
+    num_rollouts: int
+    """Rollouts read."""
+    left_out: dict[str, int]
+    """How many of them are no samples of the curve, by reason."""
     curve: list[SelectionCurvePoint]
     """n = 1, 2, .. in order."""
     alpha: float

@@ -55,8 +55,10 @@ def overoptimization(
         return
     print_line(
         f"{cap['gold']} of the best of n by {cap['proxy']}: {cap['num_prompts']} prompts, {cap['num_samples']} samples "
-        f"of {cap['base_model']}"
+        f"of {cap['base_model']}, {cap['num_rollouts']} rollouts read"
     )
+    for reason, count in cap["left_out"].items():
+        print_line(f"left out: {count} {reason}")
     print_rows([_row(cap, point) for point in cap["curve"]], _CURVE, as_json=False, empty="")
     print_line(
         f"gain = d (alpha - beta d), d = sqrt(KL): alpha {cap['alpha']:.4g} +- {cap['alpha_standard_error']:.2g}, "

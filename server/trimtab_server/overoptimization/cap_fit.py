@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,8 @@ def fit_selection_cap(
     gold: str,
     base_model: str,
     created_at: float,
+    num_rollouts: int,
+    left_out: Mapping[str, int],
     route: str | None = None,
 ) -> SelectionCap:
     """Average best-of-n over prompts, fit the law, and see whether it supports a cap.
@@ -73,6 +75,8 @@ def fit_selection_cap(
         gold: `name@version` of the reward that is trusted more.
         base_model: Whose samples these are.
         created_at: Unix time in seconds.
+        num_rollouts: Rollouts that were read.
+        left_out: How many of them are in no pool, by reason.
         route: The only route whose samples these are.
     """
     rows = defaultdict(list)
@@ -90,6 +94,8 @@ def fit_selection_cap(
         base_model=base_model,
         num_prompts=len(rows),
         num_samples=sum(len(pool.proxy) for pool in pools),
+        num_rollouts=num_rollouts,
+        left_out=dict(left_out),
         curve=[
             SelectionCurvePoint(
                 n=point.n,

@@ -120,6 +120,8 @@ class CapSurvey:
                 gold=f"{gold}@{for_.version}",
                 base_model=self._base_model,
                 created_at=self._clock(),
+                num_rollouts=collector.num_read,
+                left_out=collector.left_out,
                 route=route,
             )
             await self._caps.put(cap)
@@ -137,7 +139,11 @@ def _usable(collector: PoolCollector) -> tuple[list[SamplePool], int]:
         left_out = f", of these left out: {counts}" if counts else ""
         message = f"{exc.message} ({collector.num_read} rollouts were read{left_out})"
         raise ConflictError(message, code=exc.code) from exc
-    return [pool for pool in collector.pools() if len(pool.samples) >= max_n], max_n
+    used = [pool for pool in collector.pools() if len(pool.samples) >= max_n]
+    num_small = sum(len(pool.samples) for pool in collector.pools()) - sum(len(pool.samples) for pool in used)
+    if num_small:
+        collector.left_out[f"of prompts with fewer than {max_n} samples"] = num_small
+    return used, max_n
 
 
 async def _rewards_of(pool: SamplePool, reward: Scorer, key: str) -> list[float]:

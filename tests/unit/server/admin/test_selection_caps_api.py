@@ -91,7 +91,7 @@ async def test_the_command_prints_the_curve_the_law_and_the_verdict(bench: Bench
     plot = tmp_path / "curve.png"
     text = await run("rewards", "overoptimization", "--proxy", "length", "--gold", "brevity", "--plot", str(plot))
     lines = text.splitlines()
-    assert lines[0] == "brevity@2 of the best of n by length@7: 24 prompts, 192 samples of base"
+    assert lines[0] == "brevity@2 of the best of n by length@7: 24 prompts, 192 samples of base, 192 rollouts read"
     assert lines[1].split() == ["N", "KL", "GOLD", "95", "%", "GAIN", "ERROR", "LAW"]
     assert [line.split()[0] for line in lines[2:10]] == [str(n) for n in range(1, 9)]
     assert lines[2].split()[2] == "0.5"
@@ -104,6 +104,16 @@ async def test_the_command_prints_the_curve_the_law_and_the_verdict(bench: Bench
     assert [cap["gold"] for cap in listed] == ["brevity@2"]
     row = (await run("rewards", "caps")).splitlines()[1].split()
     assert row[:3] == ["length@7", "brevity@2", "base"]
+
+
+async def test_the_command_says_what_was_left_out(bench: Bench, run: Run) -> None:
+    await fill(bench)
+    await bench.log.append([rollout("other", base_model="other"), rollout("alone", 1000, output_text="xx")])
+    text = await run("rewards", "overoptimization", "--proxy", "length", "--gold", "brevity")
+    assert text.splitlines()[1:3] == [
+        "left out: 1 of another base model",
+        "left out: 1 of prompts with fewer than 8 samples",
+    ]
 
 
 async def test_the_commands_say_what_is_missing(bench: Bench, run: Run, tmp_path: Path) -> None:

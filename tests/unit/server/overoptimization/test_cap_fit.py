@@ -11,7 +11,17 @@ from trimtab_server.overoptimization.cap_fit import MAX_N, ScoredPool, choose_ma
 
 
 def fit(pools: list[ScoredPool], max_n: int) -> SelectionCap:
-    return fit_selection_cap(pools, max_n, proxy="p@1", gold="g@2", base_model="base", created_at=7.0, route="nice")
+    return fit_selection_cap(
+        pools,
+        max_n,
+        proxy="p@1",
+        gold="g@2",
+        base_model="base",
+        created_at=7.0,
+        num_rollouts=99,
+        left_out={"of temperature 0": 3},
+        route="nice",
+    )
 
 
 def turning_pools(prompts: int, samples: int, seed: int = 0) -> list[ScoredPool]:
@@ -36,6 +46,7 @@ def test_gold_that_turns_gets_a_cap_near_its_best_n() -> None:
     # The law is not that curve: fitted to it without noise up to n = 16 it has its peak at n = 3.2.
     assert cap.cap in (3, 4)
     assert (cap.num_prompts, cap.num_samples) == (400, 9600)
+    assert (cap.num_rollouts, cap.left_out) == (99, {"of temperature 0": 3})
     assert (cap.proxy, cap.gold, cap.base_model, cap.route, cap.created_at) == ("p@1", "g@2", "base", "nice", 7.0)
 
 

@@ -59,6 +59,7 @@ async def test_a_turning_log_gets_a_cap_that_requests_are_warned_of() -> None:
     assert (cap.proxy, cap.gold, cap.base_model, cap.created_at) == ("proxy@1", "gold@1", "base", 5.0)
     assert (cap.num_prompts, cap.num_samples, len(cap.curve), cap.route) == (40, 640, 16, "nice")
     assert cap.verdict == "cap"
+    assert (cap.num_rollouts, cap.left_out) == (640, {})
     assert await bench.survey.list() == [cap]
     assert await bench.caps.warning("proxy@1", "base", 16) is not None
     # The other way around, gold says nothing bad about what it is chosen by itself.
@@ -86,6 +87,8 @@ async def test_only_pools_that_reach_the_largest_n_are_scored() -> None:
     # 30 prompts are of use, 20 of them reach 8; prompt 0 has three more samples of the same pool.
     assert (cap.num_prompts, len(cap.curve), cap.num_samples) == (20, 8, 163)
     assert bench.rewards.gold.num_scored == 163
+    assert cap.num_rollouts == 203
+    assert cap.left_out == {"of prompts with fewer than 8 samples": 40}
 
 
 async def test_equal_outputs_are_scored_once() -> None:

@@ -27,6 +27,8 @@ def cap(**changes: Any) -> SelectionCap:
         "base_model": "base",
         "num_prompts": 25,
         "num_samples": 200,
+        "num_rollouts": 230,
+        "left_out": {"of temperature 0": 30},
         "curve": [point],
         "alpha": 1.0,
         "alpha_standard_error": 0.1,
