@@ -28,6 +28,8 @@ from trimtab_server.engine.residency import Residency
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
 from trimtab_server.metrics import Metrics
+from trimtab_server.overoptimization.cap_survey import CapSurvey
+from trimtab_server.overoptimization.selection_caps import SelectionCaps
 from trimtab_server.rewards.registry import RewardRegistry
 from trimtab_server.settings import Settings
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
@@ -39,6 +41,7 @@ from trimtab_server.storage.reference_samples import SqlSampleLog
 from trimtab_server.storage.reward_specs import SqlRewardSpecs
 from trimtab_server.storage.rollout_log import SpooledRolloutLog
 from trimtab_server.storage.rollouts import SqlRolloutReader
+from trimtab_server.storage.selection_caps import SqlSelectionCaps
 from trimtab_server.supervisor import EngineSupervisor
 
 logger = logging.getLogger(__name__)
@@ -116,6 +119,9 @@ async def build_parts(settings: Settings) -> GatewayParts:
 
     identified_log = IdentifiedRolloutLog(rollout_log, base_identity)
 
+    reader = SqlRolloutReader(database)
+    selection_caps = SelectionCaps(SqlSelectionCaps(database))
+
     async def base_vocabulary() -> tuple[str, int] | None:
         try:
             status = await engine.status()
@@ -128,10 +134,11 @@ async def build_parts(settings: Settings) -> GatewayParts:
 
     admin = AdminParts(
         catalog=catalog,
-        reader=SqlRolloutReader(database),
+        reader=reader,
         flush=rollout_log.flush,
         jobs=TrainingJobs(database),
         rewards=rewards,
+        cap_survey=CapSurvey(reader, rollout_log.flush, rewards, selection_caps, settings.base_model),
         engines=[engine],
         validate=residency.try_out,
         before_switch=residency.ensure,

@@ -95,8 +95,19 @@ class OveroptimizationLaw:
         return max(0.0, self.alpha / (2 * self.beta))
 
     @property
+    def falls_from_the_start(self) -> bool:
+        """Whether the gain is below 0 from n = 2 on, or was by the largest n measured where the law is convex."""
+        return self.alpha <= 0 and self.gain(_kl(self.max_n)) < 0
+
+    @property
     def verdict(self) -> Literal["cap", "no significant bend", "beyond the data"]:
-        """Whether the data support a cap: β must be positive by 1.96 standard errors, the peak among the n measured."""
+        """Whether there is a cap: β is positive by 1.96 standard errors and the peak is among the n measured.
+
+        Gold that falls from the start needs no bend. Its two parameters may both be uncertain while their sum, the
+        fall, is not; whether that is significant is for the data to say.
+        """
+        if self.falls_from_the_start:
+            return "cap"
         if self.peak is None or self.beta <= _SIGNIFICANT * self.beta_standard_error:
             return "no significant bend"
         return "cap" if samples_at_kl(self.peak**2) <= self.max_n else "beyond the data"
@@ -104,6 +115,8 @@ class OveroptimizationLaw:
     @property
     def cap(self) -> int | None:
         """The n of the largest gain by the law; None when the data do not support one (`verdict`)."""
+        if self.falls_from_the_start:
+            return 1
         if self.verdict != "cap" or self.peak is None:
             return None
         below = math.floor(samples_at_kl(self.peak**2))

@@ -10,6 +10,7 @@ from trimtab_server.commands.admin_client import AdminClient
 from trimtab_server.commands.errors import CommandError
 from trimtab_server.commands.options import DEFAULT_URL, AdminKey, AsJson, Url
 from trimtab_server.commands.output import print_json, print_line, print_rows
+from trimtab_server.commands.overoptimization import list_caps, overoptimization
 
 _COLUMNS = {"name": "NAME", "kind": "KIND", "target": "TARGET", "options": "OPTIONS"}
 KINDS = ("callable", "hf_classifier", "http", "keywords", "sentiment", "regex", "json_schema", "llm_judge", "composite")
@@ -91,6 +92,8 @@ def build_rewards_commands() -> typer.Typer:
     group.command("show")(show)
     group.command("remove")(remove)
     group.command("score")(score)
+    group.command("overoptimization")(overoptimization)
+    group.command("caps")(list_caps)
     return group
 
 

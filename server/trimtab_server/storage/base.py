@@ -10,6 +10,7 @@ from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, Ste
 from trimtab_adapters.contract.pooled_calibration import PooledCalibrator
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
+from trimtab_adapters.contract.selection_cap import SelectionCap
 
 NO_OPTIONS = SteeringOptions()
 """A steering that has nothing beside its adapters."""
@@ -198,6 +199,18 @@ class RewardSpecs(Protocol):
 
     async def delete(self, name: str) -> bool:
         """Whether there was one of that name. Raises `ConflictError` while a route names it."""
+        ...
+
+
+class SelectionCapStore(Protocol):
+    """Measured caps for best-of-N, kept over restarts."""
+
+    async def list(self) -> Sequence[SelectionCap]:
+        """All of them, newest first."""
+        ...
+
+    async def put(self, cap: SelectionCap) -> None:
+        """Replace what was stored for the same rewards and base model."""
         ...
 
 

@@ -10,6 +10,7 @@
 | `rewards` | rewards registered by the admin API |
 | `calibrators` | rewards of reference rollouts per prompt |
 | `pooled_calibrators` | calibrators for prompts never seen |
+| `selection_caps` | measured caps for best-of-N |
 | `training_jobs` | the trainer's queue |
 | `alembic_version` | the schema's revision, kept by Alembic |
 """
@@ -158,6 +159,18 @@ pooled_calibrators = Table(
     Column("report", JsonText, nullable=False),
     Column("created_at", Double, nullable=False),
     Index(None, "reward_name", "created_at"),
+)
+
+selection_caps = Table(
+    "selection_caps",
+    metadata,
+    # SHA-256 of the next three, which are too long for an index in every database.
+    Column("key", String(64), primary_key=True),
+    Column("proxy", Text, nullable=False),
+    Column("gold", Text, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("cap", JsonText, nullable=False),
+    Column("created_at", Double, nullable=False),
 )
 
 training_jobs = Table(

@@ -12,10 +12,12 @@ from trimtab_server.api.admin.engines import build_engines_router
 from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
 from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
 from trimtab_server.api.admin.routes import build_routes_router
+from trimtab_server.api.admin.selection_caps import build_selection_caps_router
 from trimtab_server.api.admin.switching import BeforeSwitch, RouteSwitcher
 from trimtab_server.api.admin.training_jobs import build_training_jobs_router
 from trimtab_server.auth import require_admin
 from trimtab_server.engine.base import Engine
+from trimtab_server.overoptimization.cap_survey import CapSurvey
 from trimtab_server.storage.catalog import SqlCatalog, Validate
 from trimtab_server.storage.jobs import TrainingJobs
 from trimtab_server.storage.rollouts import SqlRolloutReader
@@ -31,6 +33,7 @@ class AdminParts:
         flush: Brings acknowledged rollouts to the database.
         jobs: Training jobs.
         rewards: The reward registry.
+        cap_survey: Measures caps for best-of-N.
         engines: All engines.
         validate: Loads a version in the engine before it is registered.
         before_switch: Loads a version in the engine before a route points to it.
@@ -46,6 +49,7 @@ class AdminParts:
     flush: Flush
     jobs: TrainingJobs
     rewards: Rewards
+    cap_survey: CapSurvey
     engines: Sequence[Engine]
     validate: Validate
     before_switch: BeforeSwitch
@@ -76,6 +80,7 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
     router.include_router(build_rollouts_router(parts.reader, parts.flush))
     router.include_router(build_training_jobs_router(parts.jobs))
     router.include_router(build_rewards_router(parts.rewards))
+    router.include_router(build_selection_caps_router(parts.cap_survey))
     router.include_router(build_engines_router(parts.engines))
     if parts.calibrators is not None:
         router.include_router(build_calibrators_router(parts.calibrators, parts.rewards, parts.catalog, parts.flush))

@@ -111,6 +111,12 @@ def test_the_cap_is_the_whole_number_of_the_largest_gain(alpha: float, beta: flo
 def test_gold_that_falls_from_the_start_caps_at_one() -> None:
     law = OveroptimizationLaw.fit(exact_gains(-0.5, 0.5, 16))
     assert (law.peak, law.cap, law.verdict) == (0.0, 1, "cap")
+    # A straight fall, and one that slows down: no bend is needed, nor found.
+    for beta in (0.0, -0.01):
+        straight = OveroptimizationLaw.fit(exact_gains(-0.5, beta, 16))
+        assert (straight.cap, straight.verdict) == (1, "cap")
+    # Convex enough to be above 0 again at n = 16, where d = 1.355.
+    assert OveroptimizationLaw.fit(exact_gains(-0.5, -0.4, 16)).cap is None
 
 
 def test_no_cap_is_given_that_the_data_do_not_show() -> None:

@@ -18,6 +18,8 @@ from trimtab_server.auth import Auth
 from trimtab_server.engine.adapter_memory import VersionResidency
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.errors import install_error_handlers
+from trimtab_server.overoptimization.cap_survey import CapSurvey
+from trimtab_server.overoptimization.selection_caps import SelectionCaps
 from trimtab_server.rewards.attempts import Scored
 from trimtab_server.rewards.registry import RewardReport
 from trimtab_server.settings import Settings
@@ -27,6 +29,7 @@ from trimtab_server.storage.database import Database
 from trimtab_server.storage.jobs import TrainingJobs
 from trimtab_server.storage.rollout_log import SpooledRolloutLog
 from trimtab_server.storage.rollouts import SqlRolloutReader
+from trimtab_server.storage.selection_caps import SqlSelectionCaps
 
 ADMIN_KEY = "admin-secret"
 
@@ -72,18 +75,36 @@ class LengthReward:
         self.batches: list[int] = []
 
     async def scored(self, inputs: Sequence[RewardInput]) -> Scored:
+        return Scored(self.version, await self.score(inputs))
+
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         self.batches.append(len(inputs))
-        return Scored(self.version, [float(len(item.output)) for item in inputs])
+        return [float(len(item.output)) for item in inputs]
+
+
+class BrevityReward:
+    """1 for outputs of four letters, less for any other."""
+
+    name = "brevity"
+    version = "2"
+
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        return [1.0 - abs(len(item.output) - 4) / 4 for item in inputs]
+
+    async def scored(self, inputs: Sequence[RewardInput]) -> Scored:
+        return Scored(self.version, await self.score(inputs))
 
 
 class OneReward:
-    """A registry with `length` in it."""
+    """A registry with `length` in it, and `brevity` installed."""
 
     def __init__(self) -> None:
         self.reward = LengthReward()
         self.specs = [RewardSpec(name="length", kind="callable", target="length")]
 
-    async def batched(self, name: str) -> LengthReward:
+    async def batched(self, name: str) -> LengthReward | BrevityReward:
+        if name == "brevity":
+            return BrevityReward()
         if name != "length":
             raise NotFoundError(f"the reward {name!r} does not exist", param="reward", code="reward_not_found")
         return self.reward
@@ -142,12 +163,14 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
     await log.start()
     engine, fake_engine, rewards = ScriptedEngine(), FakeEngine(), OneReward()
     (tmp_path / "adapters").mkdir()
+    reader = SqlRolloutReader(database)
     parts = AdminParts(
         catalog=catalog,
-        reader=SqlRolloutReader(database),
+        reader=reader,
         flush=log.flush,
         jobs=TrainingJobs(database),
         rewards=rewards,
+        cap_survey=CapSurvey(reader, log.flush, rewards, SelectionCaps(SqlSelectionCaps(database)), "base"),
         engines=[fake_engine],
         validate=engine.validate,
         before_switch=engine.load,
