@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from trimtab_server.decoding.abandoned_records import AbandonedRecords
 from trimtab_server.decoding.explanations import Explainer
-from trimtab_server.decoding.generation import Generator
+from trimtab_server.decoding.generation import CapWarnings, Generator
 from trimtab_server.decoding.guidance import GuidanceResolver
 from trimtab_server.decoding.scoring import Scoring
 from trimtab_server.decoding.token_texts import TokenTexts
@@ -30,6 +30,7 @@ class GatewayParts:
         catalog: Adapters and routes.
         rollout_log: Where rollouts go.
         scoring: Scores candidates.
+        caps: Knows beyond how many candidates a reward was found to mislead; None where nothing is known.
         metrics: This application's own.
         routers: More routes, such as the admin API.
         background: Run from start to stop, such as the engine's supervisor and `residency.keep_converged`.
@@ -45,6 +46,7 @@ class GatewayParts:
     catalog: Catalog
     rollout_log: RolloutLog
     scoring: Scoring
+    caps: CapWarnings | None = None
     metrics: Metrics = field(default_factory=Metrics)
     routers: Sequence[APIRouter] = ()
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
@@ -71,4 +73,5 @@ class GatewayParts:
             self.settings.rollouts,
             explainer,
             self.abandoned,
+            self.caps,
         )

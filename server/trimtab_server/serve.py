@@ -159,6 +159,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         residency=residency,
         catalog=catalog,
         rollout_log=identified_log,
+        caps=selection_caps,
         scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
         routers=[build_admin_router(admin)],
         background=[*background, residency.keep_converged],

@@ -18,6 +18,7 @@ from fake_gateway import FakeGateway, build_gateway, serving
 from trimtab_adapters.contract.errors import NotFoundError
 from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.api.admin.rewards import build_rewards_router
+from trimtab_server.rewards.attempts import Scored
 
 
 def noise(prompt: str, output: str) -> float:
@@ -45,6 +46,9 @@ class FunctionReward:
         self.num_scored += len(inputs)
         return [self.function(item.prompt, item.output) for item in inputs]
 
+    async def scored(self, inputs: Sequence[RewardInput]) -> Scored:
+        return Scored(self.version, await self.score(inputs))
+
 
 class FunctionRewards:
     """A registry of functions."""
@@ -57,10 +61,19 @@ class FunctionRewards:
             raise NotFoundError(f"the reward {name!r} does not exist", param="reward", code="reward_not_found")
         return self.by_name[name]
 
+    async def resolve(self, choice: Any) -> Any:
+        return await self.batched(str(choice))
+
     async def list(self) -> Any:
         raise NotImplementedError
 
+    async def report(self, name: str) -> Any:
+        raise NotImplementedError
+
     async def add(self, spec: Any) -> Any:
+        raise NotImplementedError
+
+    async def remove(self, name: str) -> Any:
         raise NotImplementedError
 
 

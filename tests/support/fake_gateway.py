@@ -121,6 +121,10 @@ class SimpleScoring:
     fixed: list[float] | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
 
+    async def check(self, reward: RewardChoice) -> None:
+        if not isinstance(reward, str) or reward not in self.rewards:
+            raise NotFoundError(f"There is no reward {reward!r}", param="reward")
+
     async def for_prompt(
         self,
         reward: RewardChoice,
@@ -147,6 +151,7 @@ class SimpleScorer:
     draw_reference: ReferenceDraw
     size: int | None
     known: list[float] | None
+    preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def is_calibrated(self) -> bool:
@@ -157,6 +162,10 @@ class SimpleScorer:
         return True
 
     async def prepare(self) -> None:
+        async with self.preparing:
+            await self._draw()
+
+    async def _draw(self) -> None:
         if self.known is None and self.size:
             references = await self.draw_reference(self.size)
             self.known = [self.function(self.prompt, reference.text) for reference in references]

@@ -3,13 +3,14 @@
 from typing import Any, cast
 
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_adapters.contract.rewards import RewardChoice
+from trimtab_adapters.contract.rewards import RewardChoice, RewardMix
 from trimtab_adapters.contract.selection import (
     DEFAULT_CAP,
     Adaptive,
     BestOfN,
     Blockwise,
     EarlyReject,
+    Rejection,
     SelectionRequest,
     SelectionStrategy,
 )
@@ -68,6 +69,17 @@ def check_selection(job: GenerationJob) -> None:
         InvalidRequestError: It is asked to.
     """
     selection = job.selection
+    if isinstance(job.reward, RewardMix) and not job.calibrates:
+        raise InvalidRequestError(
+            "Several rewards can only be combined when they are calibrated: raw rewards have no common scale.",
+            param="calibration",
+        )
+    if isinstance(selection, Adaptive | Rejection | Blockwise) and job.calibration.method == "leave_one_out":
+        raise InvalidRequestError(
+            f"The strategy {selection.strategy!r} does not have all candidates at once, so they cannot be ranked among "
+            "each other. Use 'reference' or 'pooled'.",
+            param="calibration.method",
+        )
     if isinstance(selection, SelectionStrategy) and selection.needs_calibration and not job.calibrates:
         raise InvalidRequestError(
             f"The strategy {selection.strategy!r} needs calibrated rewards; 'calibration.size' must not be 0.",

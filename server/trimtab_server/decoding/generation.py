@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -14,6 +15,7 @@ from trimtab_adapters.contract.errors import (
     SteeringError,
     StorageError,
 )
+from trimtab_adapters.contract.selection import Blockwise
 from trimtab_server.decoding.abandoned_records import AbandonedRecords
 from trimtab_server.decoding.choice_delta import in_order
 from trimtab_server.decoding.explanations import Explainer
@@ -32,6 +34,14 @@ from trimtab_server.storage.base import RolloutLog
 logger = logging.getLogger(__name__)
 
 
+class CapWarnings(Protocol):
+    """What is known of over-optimisation, see `trimtab_server.overoptimization`."""
+
+    async def warning(self, reward_name_at_version: str, base_model: str, num_candidates: int) -> str | None:
+        """What to tell a caller who chooses among so many candidates by this reward; None when there is nothing."""
+        ...
+
+
 class Generator:
     """Answers jobs.
 
@@ -43,6 +53,7 @@ class Generator:
         mode: In `durable` mode a failing log fails the request; in `async` mode it is logged as an error.
         explainer: Explains the choices of jobs that ask for it.
         abandoned: Gets the candidates whose records nobody will take.
+        caps: Knows beyond how many candidates a reward was found to mislead.
     """
 
     def __init__(
@@ -54,6 +65,7 @@ class Generator:
         mode: RolloutMode,
         explainer: Explainer,
         abandoned: AbandonedRecords,
+        caps: CapWarnings | None = None,
     ) -> None:
         self.engine = engine
         self.residency = residency
@@ -62,6 +74,7 @@ class Generator:
         self._mode = mode
         self.explainer = explainer
         self.abandoned = abandoned
+        self._caps = caps
 
     @property
     def is_logging(self) -> bool:
@@ -99,6 +112,8 @@ class Generator:
 
     async def _selected(self, job: GenerationJob, emit: Emit | None) -> list[PromptResult]:
         """The choices are found by the strategy that the request names, for all prompts at the same time."""
+        for reward in job.rewards:
+            await self._scoring.check(reward)
         runs = [
             PromptRun(self.engine, self._scoring, self.abandoned, self.detokenize, job, index)
             for index in range(len(job.prompts))
@@ -109,6 +124,7 @@ class Generator:
                 tasks = [group.create_task(select(run, emit)) for run in runs]
             prompts = [task.result() for task in tasks]
             taken += await self._attach_selected(job, prompts)
+            await self._warn(job, prompts)
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
@@ -116,6 +132,17 @@ class Generator:
                 await run.aclose()
                 run.forget(taken)
         return prompts
+
+    async def _warn(self, job: GenerationJob, prompts: Sequence[PromptResult]) -> None:
+        """Tell a caller who chooses among more candidates than are known to be good for anything."""
+        for prompt in prompts:
+            value = prompt.selections[0].reward
+            if value is None or self._caps is None:
+                continue
+            num = job.num_candidates if isinstance(job.selection, Blockwise) else len(prompt.selections)
+            name = f"{value.name}@{value.version}"
+            if (warning := await self._caps.warning(name, job.resolved.base_model, num)) is not None:
+                prompt.outcome["warnings"] = [warning]
 
     async def _attach_selected(self, job: GenerationJob, prompts: Sequence[PromptResult]) -> list[str]:
         """Take the records of candidates that came to their end; read those of the stopped, which may still grow."""

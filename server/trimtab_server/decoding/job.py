@@ -115,9 +115,15 @@ class GenerationJob:
         return limit
 
     @property
+    def rewards(self) -> list[RewardChoice]:
+        """All rewards that the request names."""
+        prefix = getattr(self.selection, "prefix_reward", None)
+        return [reward for reward in (self.reward, prefix) if reward is not None]
+
+    @property
     def calibrates(self) -> bool:
         """Whether rewards are to be calibrated."""
-        return self.reward is not None and self.calibration.size != 0
+        return self.reward is not None and self.calibration.effective_method != "none"
 
     def request(self, prompt_index: int, candidate_index: int) -> EngineRequest:
         """The engine's request for one candidate."""

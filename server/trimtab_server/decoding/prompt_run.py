@@ -137,13 +137,22 @@ class PromptRun:
         """
         choice = reward if reward is not None else self.job.reward
         assert choice is not None, "strategies that judge texts need a reward"
-        calibration = CalibrationChoice(size=0) if isinstance(choice, str) else self.job.calibration
+        calibration = CalibrationChoice(method="none") if isinstance(choice, str) else self.job.calibration
         scorer = await self._scorer(choice, calibration, prompt_token_ids)
         if not self.leaves_out:
             return dict(zip(texts, await scorer.score(list(texts.values())), strict=True))
         await scorer.prepare()
         found = await asyncio.gather(*(self._attempt(i, scorer.score([text])) for i, text in texts.items()))
         return {i: values[0] for i, values in zip(texts, found, strict=True) if values}
+
+    async def prepare(self) -> None:
+        """Draw the reference rollouts while candidates are generated, where they are wanted.
+
+        Not for chats, whose prompt is only known for certain from a candidate.
+        """
+        needs_draw = self.job.calibrates and self.job.calibration.effective_method == "reference"
+        if needs_draw and self.job.endpoint == "completions" and "truncate_prompt_tokens" not in self.job.body:
+            await (await self.scorer(await self.prompt_token_ids())).prepare()
 
     async def scorer(self, prompt_token_ids: Sequence[int]) -> PromptScorer:
         """The scorer of this prompt."""

@@ -73,6 +73,10 @@ class PromptScorer(Protocol):
 class Scoring(Protocol):
     """Makes the scorer of a prompt."""
 
+    async def check(self, reward: RewardChoice) -> None:
+        """Raise what `for_prompt` would raise for an unknown or broken reward, before anything is generated for it."""
+        ...
+
     async def for_prompt(
         self,
         reward: RewardChoice,
@@ -115,6 +119,10 @@ class CalibratedScoring:
         self._calibrators = calibrators
         self._pooled = pooled
         self._base_identity = base_identity
+
+    async def check(self, reward: RewardChoice) -> None:
+        """See `Scoring.check`."""
+        await self._registry.resolve(reward)
 
     async def for_prompt(
         self,

@@ -278,3 +278,64 @@ async def test_mean_log_probability_still_ranks_without_a_reward(client: httpx.A
     named = await answer(client, best_of=6, seed=2, selection={"strategy": "best_of_n"})
     assert chosen_text(plain) == chosen_text(named)
     assert named["choices"][0]["selection"]["strategy"] == "best_of_n"
+
+
+async def test_reference_rollouts_are_drawn_while_candidates_are_generated(
+    client: httpx.AsyncClient, gateway: FakeGateway
+) -> None:
+    gateway.scoring.fixed = None
+    gateway.engine.hold_after(1)
+    body = {"best_of": 3, "reward": "length", "max_tokens": 4, "calibration": {"size": 4}}
+    task = asyncio.create_task(post(client, **body))
+    async with asyncio.timeout(5):
+        while gateway.engine.observed.running < 7:
+            await asyncio.sleep(0.005)
+    gateway.engine.release()
+    assert (await task).json()["choices"][0]["selection"]["reward"]["calibration_size"] == 4
+
+
+async def test_an_unknown_reward_is_told_before_anything_is_generated(
+    client: httpx.AsyncClient, gateway: FakeGateway
+) -> None:
+    for body in (
+        {"reward": "nope"},
+        {"reward": "length", "selection": {"strategy": "early_reject", "checkpoints": [2], "prefix_reward": "nope"}},
+    ):
+        assert (await post(client, best_of=3, **body)).status_code == 404
+    assert gateway.engine.observed.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"reward": {"length": 0.5, "other": 0.5}, "calibration": {"method": "none"}}, "calibration"),
+        ({"selection": {"strategy": "adaptive", "threshold": 0.5}, "calibration": {"method": "leave_one_out"}}, None),
+        ({"model": "kind", "calibration": {"method": "leave_one_out"}}, None),
+        ({"reward": {"length": -1.0}}, "reward.length"),
+    ],
+)
+async def test_calibrations_that_do_not_fit_are_refused(
+    client: httpx.AsyncClient, gateway: FakeGateway, body: dict[str, Any], param: str | None
+) -> None:
+    response = await post(client, **{"best_of": 4, "reward": "length", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == (param or "calibration.method")
+    assert gateway.engine.observed.requests == []
+
+
+async def test_a_warning_stands_beside_the_choice(anyio_backend: str) -> None:
+    asked: list[tuple[str, str, int]] = []
+
+    class Caps:
+        async def warning(self, reward_name_at_version: str, base_model: str, num_candidates: int) -> str | None:
+            asked.append((reward_name_at_version, base_model, num_candidates))
+            return "too many" if num_candidates > 4 else None
+
+    gateway = build_gateway(parts={"caps": Caps()})
+    gateway.scoring.rewards["length"] = length
+    async with asgi_client(gateway.app) as client:
+        many = await answer(client, best_of=6, reward="length")
+        few = await answer(client, best_of=3, reward="length")
+    assert many["choices"][0]["selection"]["warnings"] == ["too many"]
+    assert "warnings" not in few["choices"][0]["selection"]
+    assert asked == [("length@1", "base", 6), ("length@1", "base", 3)]

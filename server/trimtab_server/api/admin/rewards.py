@@ -24,6 +24,11 @@ _CHUNK = 64
 class RewardScorer(Protocol):
     """A reward behind its queue."""
 
+    @property
+    def version(self) -> str:
+        """Changes whenever scores could change."""
+        ...
+
     async def scored(self, inputs: Sequence[RewardInput]) -> Scored:
         """One finite number per input, and their version. Raises `RewardError`."""
         ...

@@ -1,5 +1,7 @@
 """How choices are found among the candidates of a prompt: one file a strategy, all behind `select`."""
 
+import asyncio
+
 from trimtab_adapters.contract.selection import Adaptive, BestOfN, Blockwise, EarlyReject, Poisson, Rejection, Soft
 from trimtab_server.decoding.job import PromptResult
 from trimtab_server.decoding.prompt_run import PromptRun
@@ -22,6 +24,19 @@ async def select(run: PromptRun, emit: Emit | None = None) -> PromptResult:
     Raises:
         EngineError, SteeringError, RewardError: A candidate failed and could not be left out.
     """
+    preparing = asyncio.create_task(run.prepare())
+    try:
+        result = await _selected(run, emit)
+    finally:
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)  # scoring has met its error, if it matters
+    run.check_enough(sum(selection.state == "complete" for selection in result.selections))
+    result.references = run.draw.drawn
+    result.left_out = run.left_out
+    return result
+
+
+async def _selected(run: PromptRun, emit: Emit | None) -> PromptResult:
     match run.job.selection:
         case Adaptive() as params:
             result = await adaptive(run, params)
@@ -39,7 +54,4 @@ async def select(run: PromptRun, emit: Emit | None = None) -> PromptResult:
             result = await best_of_n(run, params)
         case None:
             raise ValueError("this request selects nothing")
-    run.check_enough(sum(selection.state == "complete" for selection in result.selections))
-    result.references = run.draw.drawn
-    result.left_out = run.left_out
     return result
