@@ -82,10 +82,11 @@ async def test_a_single_reward_is_its_own_part(make: Callable[..., RewardRegistr
 
 async def test_a_mix_has_its_parts_with_weights_that_sum_to_one(make: Callable[..., RewardRegistry]) -> None:
     registry = make(plain("a"), plain("b"), composite("both", a=3.0, b=1.0))
-    for choice, name in [
+    choices: list[tuple[str | RewardMix, str]] = [
         (RewardMix(weights={"a": 3.0, "b": 1.0}), "0.75*a+0.25*b"),
         ("both", "both"),
-    ]:
+    ]
+    for choice, name in choices:
         resolved = await registry.resolve(choice)
         assert (resolved.name, resolved.combine, resolved.weights) == (name, "mean", (0.75, 0.25))
         assert [part.name for part in resolved.parts] == ["a", "b"]

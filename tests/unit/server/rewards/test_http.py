@@ -1,9 +1,10 @@
 """Rewards from servers: what is asked, what is made of the answers, and what goes wrong."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
-from email.utils import format_datetime
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import httpx
@@ -31,7 +32,9 @@ class VllmServer:
     """Answers as vLLM 0.32 does, for a classifier of three classes whose probabilities are fixed by the text."""
 
     def __init__(self) -> None:
-        self.cards = [{"id": "judge", "root": "/models/a", "parent": None, "max_model_len": 512, "created": 1}]
+        self.cards: list[dict[str, Any]] = [
+            {"id": "judge", "root": "/models/a", "parent": None, "max_model_len": 512, "created": 1}
+        ]
         self.version = "0.32.0"
         self.override: Any = None
         self.labels = ["bad", "plain", "good"]
@@ -101,12 +104,13 @@ def load(url: str, client: httpx.AsyncClient, environment: dict[str, str] | None
 
 async def test_classify_gives_the_class_that_is_wanted(client: httpx.AsyncClient, vllm_server: ScriptedServer) -> None:
     names = ["bad", "plain", "good"]
-    for options, expected in [
+    cases: list[tuple[dict[str, Any], list[float]]] = [
         ({}, [0.3, 0.7]),
         ({"label": 0}, [0.5, 0.1]),
         ({"label": "plain", "labels": names}, [0.2, 0.2]),
         ({"labels": names}, [0.3, 0.7]),
-    ]:
+    ]
+    for options, expected in cases:
         reward = await load(vllm_server.url, client, api="classify", **options)
         assert isinstance(reward, AsyncRewardModel)
         assert await reward.score(INPUTS) == expected
@@ -227,7 +231,7 @@ async def test_one_of_several_models_must_be_named(
     client: httpx.AsyncClient, vllm_server: ScriptedServer, vllm: VllmServer
 ) -> None:
     vllm.cards.append(vllm.cards[0] | {"id": "other"})
-    with pytest.raises(RewardError, match="has the models judge, other; name one of them in options.model"):
+    with pytest.raises(RewardError, match=r"has the models judge, other; name one of them in options\.model"):
         await load(vllm_server.url, client, api="classify")
     with pytest.raises(RewardError, match="no model 'third'"):
         await load(vllm_server.url, client, api="classify", model="third")
@@ -236,10 +240,9 @@ async def test_one_of_several_models_must_be_named(
 
 
 async def test_another_model_behind_the_address_is_seen_and_nothing_is_scored_with_it_under_the_old_version(
-    client: httpx.AsyncClient, vllm_server: ScriptedServer, vllm: VllmServer, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, vllm_server: ScriptedServer, vllm: VllmServer
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr(http.time, "monotonic", lambda: now)
+    now = time.monotonic()
     reward = await load(vllm_server.url, client, api="classify")
     reward._clock = lambda: now
     before = reward.version

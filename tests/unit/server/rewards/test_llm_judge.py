@@ -208,7 +208,7 @@ def test_what_has_no_expected_rating_is_an_error(text: JudgeText, message: str) 
 )
 def test_an_answer_of_another_form_is_an_error(answer: Any) -> None:
     for read in (read_chat, read_completion):
-        with pytest.raises(RewardError, match="answered no text|did not answer as OpenAI's API"):
+        with pytest.raises(RewardError, match=r"answered no text|did not answer as OpenAI's API"):
             read("r", answer)
 
 
