@@ -1,5 +1,6 @@
 """Scoring outputs in training: by the gateway, or by an entry point in this process."""
 
+import asyncio
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -55,7 +56,8 @@ class LocalScorer:
     Args:
         name: Name of the reward.
         target: A function `f(prompt, output) -> float`, a function `f(inputs) -> scores`, or an object or class with
-            a method `score(inputs)`. Its version is its attribute `version`, else a hash of its module's source.
+            a method `score(inputs)`; each may be `async`. Its version is its attribute `version`, else a hash of its
+            module's source.
     """
 
     def __init__(self, name: str, target: Any) -> None:
@@ -127,17 +129,22 @@ class SingleVersionScorer:
 def _batch_function(name: str, target: Any) -> Callable[[Sequence[RewardInput]], list[Any]]:
     score = getattr(target, "score", None)
     if callable(score):
-        return lambda inputs: list(score(inputs))
+        return lambda inputs: list(_result(score(inputs)))
     if not callable(target):
         raise InvalidRequestError(f"the reward {name!r} is {type(target).__name__}, which cannot score")
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(target).parameters.values()
     num_required = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
     if num_required == 1:
-        return lambda inputs: list(target(inputs))
+        return lambda inputs: list(_result(target(inputs)))
     if num_required == 2:
-        return lambda inputs: [target(item.prompt, item.output) for item in inputs]
+        return lambda inputs: [_result(target(item.prompt, item.output)) for item in inputs]
     raise InvalidRequestError(f"the reward {name!r} must take (prompt, output) or (inputs)")
+
+
+def _result(answer: Any) -> Any:
+    """What code gives, also when it has to be awaited; training has no event loop of its own."""
+    return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
 
 
 def _source_hash(name: str, target: Any) -> str:

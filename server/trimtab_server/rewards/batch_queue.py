@@ -65,7 +65,7 @@ class BatchQueue:
             raise
         finally:
             # In the same step in which the queue was found empty: whatever is put in later starts a new worker.
-            self._workers.discard(asyncio.current_task())  # type: ignore[arg-type]
+            self._workers.discard(asyncio.current_task())
 
     def _next_batch(self) -> list[_Piece]:
         batch: list[_Piece] = []

@@ -35,6 +35,11 @@ def binary_coverage(places: Sequence[int | None]) -> float:
     return float(_order(places) == list(range(len(places))))
 
 
+def is_same(one: Sequence[WordKeys], other: Sequence[WordKeys]) -> bool:
+    """Whether two keywords are the same, word by word."""
+    return len(one) == len(other) and not any(a.isdisjoint(b) for a, b in zip(one, other, strict=True))
+
+
 def _order(places: Sequence[int | None]) -> list[int]:
     """Keywords that appear, by their first appearance; where two begin at the same word, in the wanted order."""
     found = [(place, keyword) for keyword, place in enumerate(places) if place is not None]

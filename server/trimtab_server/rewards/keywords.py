@@ -13,6 +13,7 @@ from trimtab_server.rewards.coverage import (
     binary_coverage,
     coverage,
     first_appearances,
+    is_same,
     ordered_coverage,
 )
 from trimtab_server.rewards.limits import RewardLimits, options_hash, parse_options
@@ -129,7 +130,7 @@ class KeywordReward:
         parsed: list[list[WordKeys]] = []
         for keyword in keywords:
             words = self._words(keyword)
-            if words and words not in parsed:
+            if words and not any(is_same(words, other) for other in parsed):
                 parsed.append(words)
         return parsed
 

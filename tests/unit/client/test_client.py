@@ -225,6 +225,14 @@ def test_admin_calls_carry_the_admin_key(gateway: CannedGateway) -> None:
         (lambda admin: admin.routes.get("r"), "GET", "/admin/routes/r", None),
         (lambda admin: admin.routes.delete("r"), "DELETE", "/admin/routes/r", None),
         (lambda admin: admin.training_jobs.get("j"), "GET", "/admin/training-jobs/j", None),
+        (lambda admin: admin.rewards.get("w"), "GET", "/admin/rewards/w", None),
+        (lambda admin: admin.rewards.delete("w"), "DELETE", "/admin/rewards/w", None),
+        (
+            lambda admin: admin.rewards.add(name="w", kind="sentiment", options={"value": "pos"}),
+            "POST",
+            "/admin/rewards",
+            {"name": "w", "kind": "sentiment", "target": "", "options": {"value": "pos"}},
+        ),
         (
             lambda admin: admin.rewards.score("w", [{"prompt": "p", "output": "o"}]),
             "POST",

@@ -26,6 +26,20 @@ class Lengths:
         return batch_lengths(inputs)
 
 
+async def async_lengths(prompt: str, output: str) -> float:
+    return lengths(prompt, output)
+
+
+class AsyncLengths:
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        return batch_lengths(inputs)
+
+
+@pytest.mark.parametrize("target", [async_lengths, AsyncLengths])
+def test_async_code_can_score_too(target: Any) -> None:
+    assert LocalScorer("r", target).score(INPUTS).rewards == [23.0, 1.0]
+
+
 @pytest.mark.parametrize("target", [lengths, batch_lengths, Lengths, Lengths()])
 def test_functions_batches_objects_and_classes_can_score(target: Any) -> None:
     reply = LocalScorer("r", target).score(INPUTS)

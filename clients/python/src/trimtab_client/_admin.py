@@ -192,9 +192,17 @@ class Rewards:
         """All registered rewards."""
         return self._caller.send(operations.list_rewards())
 
-    def add(self, *, name: str, kind: str, target: str, options: Mapping[str, Any] | None = None) -> Reward:
+    def add(self, *, name: str, kind: str, target: str = "", options: Mapping[str, Any] | None = None) -> Reward:
         """Register a reward, or replace the one of that name."""
         return self._caller.send(operations.put_reward(name, kind=kind, target=target, options=options))
+
+    def get(self, name: str) -> Reward:
+        """One reward with its version, and the state of its circuit breaker and cache."""
+        return self._caller.send(operations.get_reward(name))
+
+    def delete(self, name: str) -> None:
+        """Take a registered reward away; refused while a route or a composite names it."""
+        self._caller.send(operations.delete_reward(name))
 
     def score(self, name: str, inputs: Sequence[RewardInput]) -> RewardScores:
         """Judge texts."""

@@ -144,6 +144,16 @@ def put_reward(name: str, *, kind: str, target: str, options: Mapping[str, Any] 
     return Operation("POST", "/admin/rewards", lambda value: decode(Reward, value), body)
 
 
+def get_reward(name: str) -> Operation[Reward]:
+    """`GET /admin/rewards/{name}`."""
+    return Operation("GET", path_of("admin", "rewards", name), lambda value: decode(Reward, value))
+
+
+def delete_reward(name: str) -> Operation[None]:
+    """`DELETE /admin/rewards/{name}`."""
+    return Operation("DELETE", path_of("admin", "rewards", name), lambda value: None)
+
+
 def score(name: str, inputs: Iterable[RewardInput]) -> Operation[RewardScores]:
     """`POST /admin/rewards/{name}/score`."""
     path = path_of("admin", "rewards", name, "score")

@@ -193,9 +193,17 @@ class AsyncRewards:
         """All registered rewards."""
         return await self._caller.send(operations.list_rewards())
 
-    async def add(self, *, name: str, kind: str, target: str, options: Mapping[str, Any] | None = None) -> Reward:
+    async def add(self, *, name: str, kind: str, target: str = "", options: Mapping[str, Any] | None = None) -> Reward:
         """Register a reward, or replace the one of that name."""
         return await self._caller.send(operations.put_reward(name, kind=kind, target=target, options=options))
+
+    async def get(self, name: str) -> Reward:
+        """One reward with its version, and the state of its circuit breaker and cache."""
+        return await self._caller.send(operations.get_reward(name))
+
+    async def delete(self, name: str) -> None:
+        """Take a registered reward away; refused while a route or a composite names it."""
+        await self._caller.send(operations.delete_reward(name))
 
     async def score(self, name: str, inputs: Sequence[RewardInput]) -> RewardScores:
         """Judge texts."""

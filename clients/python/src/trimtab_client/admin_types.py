@@ -87,6 +87,10 @@ class Reward:
     options: dict[str, Any] = field(default_factory=dict)
     version: str | None = None
     """Changes whenever scores could change; known once the reward is built."""
+    state: dict[str, Any] | None = None
+    """Of its circuit breaker and cache, where one reward was asked for."""
+    error: str | None = None
+    """Why it cannot be used now."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 

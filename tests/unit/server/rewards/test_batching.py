@@ -170,7 +170,7 @@ async def test_a_caller_who_leaves_is_not_scored_and_disturbs_no_one() -> None:
 async def test_a_reward_that_hangs_is_an_error_in_time() -> None:
     model = GatedReward()
     reward = BatchedReward(model, RewardLimits(deadline_s=0.01))
-    with pytest.raises(RewardError, match="'length' did not answer within 0.01 s"):
+    with pytest.raises(RewardError, match=r"'length' did not answer within 0\.01 s"):
         await reward.score(inputs("a"))
     model.gate.set()
 

@@ -1,5 +1,6 @@
 """Rewards that are Python code."""
 
+import asyncio
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab_adapters.contract.errors import InvalidRequestError, RewardError
+from trimtab_adapters.contract.errors import InvalidRequestError, RewardError, RewardUnavailableError
 from trimtab_adapters.contract.rewards import RewardInput, RewardModel
-from trimtab_server.rewards.callable import ENTRY_POINT_GROUP, load_callable, wrap_callable
+from trimtab_server.rewards.attempts import is_async
+from trimtab_server.rewards.callable import ENTRY_POINT_GROUP, AsyncCallableReward, load_callable, wrap_callable
 
 SECRET = "my password is hunter2"
 
@@ -164,6 +166,64 @@ def test_a_version_that_cannot_be_written_is_refused(version: str) -> None:
 def test_code_without_a_source_must_give_its_version(scorer: object) -> None:
     with pytest.raises(InvalidRequestError, match="attribute `version`"):
         wrap_callable("r", scorer)
+
+
+async def async_length(prompt: str, output: str) -> float:
+    return float(len(output))
+
+
+async def async_lengths(inputs: Sequence[RewardInput], scale: float = 1.0) -> list[float]:
+    return [scale * len(item.output) for item in inputs]
+
+
+class AsyncLengths:
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        return await async_lengths(inputs)
+
+
+class AsyncCallable:
+    async def __call__(self, prompt: str, output: str) -> float:
+        return await async_length(prompt, output)
+
+
+@pytest.mark.parametrize("scorer", [async_length, async_lengths, AsyncLengths, AsyncLengths(), AsyncCallable()])
+def test_async_code_is_awaited_on_the_event_loop(scorer: object) -> None:
+    reward = wrap_callable("r", scorer)
+    assert isinstance(reward, AsyncCallableReward)
+    assert is_async(reward)
+    assert asyncio.run(reward.score(inputs("abc", "", "ab"))) == [3.0, 0.0, 2.0]
+    assert not is_async(wrap_callable("r", length))
+
+
+def test_options_reach_async_code_and_its_errors_name_the_output() -> None:
+    reward: Any = wrap_callable("r", async_lengths, {"scale": 2.0})
+    assert asyncio.run(reward.score(inputs("abc"))) == [6.0]
+
+    async def fail(prompt: str, output: str) -> float:
+        if output == SECRET:
+            raise ValueError(SECRET)
+        return 0.0
+
+    reward = wrap_callable("r", fail)
+    with pytest.raises(RewardError) as caught:
+        asyncio.run(reward.score(inputs("a", SECRET)))
+    assert caught.value.message == "the reward 'r' raised ValueError for output 2 of 2"
+
+
+@pytest.mark.parametrize("is_async_code", [False, True])
+def test_code_can_say_that_it_may_pass(is_async_code: bool) -> None:
+    error = RewardUnavailableError("busy", retry_after_s=3.0)
+
+    def plain(prompt: str, output: str) -> float:
+        raise error
+
+    async def awaited(prompt: str, output: str) -> float:
+        raise error
+
+    reward: Any = wrap_callable("r", awaited if is_async_code else plain)
+    with pytest.raises(RewardUnavailableError) as caught:
+        asyncio.run(reward.score(inputs("a"))) if is_async_code else reward.score(inputs("a"))
+    assert caught.value is error
 
 
 class _NoScore:

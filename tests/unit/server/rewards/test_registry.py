@@ -22,7 +22,7 @@ class Constant:
     def __init__(self, spec: RewardSpec) -> None:
         self.name = spec.name
         self.version = spec.target
-        self.value = float(spec.options.get("value", 0.0))
+        self.value = float(str(spec.options.get("value", 0.0)))
 
     def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         return [self.value] * len(inputs)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from prometheus_client import CollectorRegistry
+from typing_extensions import override
 
 from trimtab_adapters.contract.errors import RewardChangedError, RewardError, RewardUnavailableError
 from trimtab_adapters.contract.rewards import RewardInput
@@ -165,7 +166,8 @@ async def test_an_open_breaker_answers_at_once_with_since_when_and_until_when() 
     assert caught.value.retry_after_s == pytest.approx(100.0, abs=5.0)
     assert len(model.batches) == 3
     breaker = reward.state.breaker
-    assert (breaker.state, breaker.opened_at) == ("open", pytest.approx(time.time(), abs=5.0))
+    assert breaker.state == "open"
+    assert breaker.opened_at == pytest.approx(time.time(), abs=5.0)
     assert breaker.retry_at == pytest.approx((breaker.opened_at or 0.0) + 100.0)
 
 
@@ -278,7 +280,8 @@ async def test_a_large_call_of_an_awaited_reward_is_split_and_runs_side_by_side(
 
 async def test_an_error_in_a_split_call_says_which_outputs_it_is_of_and_ends_the_rest() -> None:
     class Picky(Lengths):
-        async def score(self, inputs: Sequence[RewardInput]) -> list[float]:  # type: ignore[override]
+        @override
+        async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
             if inputs[0].output == "bad":
                 raise RewardError("no number for output 1 of 1")
             return await super().score(inputs)
@@ -308,7 +311,8 @@ async def test_a_bad_output_among_known_ones_is_named_by_its_own_place() -> None
 class Upgrading(Lengths):
     """Answers from version 2 when it was asked as version 1, as a server does that was replaced meanwhile."""
 
-    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:  # type: ignore[override]
+    @override
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         scores = await super().score(inputs)
         if self.version == "old":
             self.version = "new"
@@ -338,7 +342,8 @@ async def test_known_scores_of_an_old_version_are_not_mixed_with_new_ones() -> N
 
 async def test_a_version_that_never_stands_still_is_an_error() -> None:
     class Restless(Lengths):
-        async def score(self, inputs: Sequence[RewardInput]) -> list[float]:  # type: ignore[override]
+        @override
+        async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
             self.version += "+"
             raise RewardChangedError("it changed")
 
