@@ -1,6 +1,7 @@
 """From a valid body and a resolved model to a job: how many candidates, ranked by what, logged or not."""
 
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -12,7 +13,6 @@ from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.request_fields import GenerationBody
 from trimtab_server.api.selecting import check_selection, num_candidates_of, selection_of
 from trimtab_server.decoding.job import GenerationJob
-from trimtab_server.decoding.scoring import CalibrationChoice
 from trimtab_server.engine.base import Endpoint
 from trimtab_server.storage.base import ResolvedModel
 
@@ -68,13 +68,15 @@ def build_job(
         num_candidates=num_candidates,
         selection=selection,
         reward=reward if selection is not None else None,
-        calibration=CalibrationChoice(size=body.calibration.size if body.calibration is not None else None),
         record=is_logging or body.steering_logprobs or num_alternatives is not None,
         steering_logprobs=body.steering_logprobs,
         guidance=guidance,
         num_alternatives=num_alternatives,
         metadata=metadata,
     )
+    if body.calibration is not None:
+        choice = body.calibration.choice(is_steered=job.is_steered, num_candidates=num_candidates)
+        job = replace(job, calibration=choice)
     _check_steering(job, body)
     check_selection(job)
     return job

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import XARGS_KEY, SteeringRequest
 from trimtab_adapters.contract.selection import SelectionStrategy
+from trimtab_server.api.calibration_field import CalibrationField
 from trimtab_server.api.selection_field import parse_selection
 from trimtab_server.api.steering_field import parse_steering
 from trimtab_server.api.validation import type_name
@@ -23,7 +24,6 @@ MAX_CHOICES = 128
 MAX_BEST_OF = 20
 MAX_LOGPROBS = 20
 MAX_STOPS = 4
-MAX_CALIBRATION_SIZE = 1024
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -108,14 +108,6 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class Calibration(BaseModel):
-    """`calibration`: how many reference rollouts calibrate the reward; 0 leaves it raw."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    size: int = Field(ge=0, le=MAX_CALIBRATION_SIZE)
-
-
 class GenerationBody(BaseModel):
     """A request body; see the subclasses."""
 
@@ -181,7 +173,7 @@ class GenerationBody(BaseModel):
     """Adds base, adapter and steered log-probabilities, KL and flips per token to each choice."""
     reward: str | None = Field(default=None, min_length=1, max_length=128)
     """Name of a registered reward; all candidates are scored and the best are returned."""
-    calibration: Calibration | None = None
+    calibration: CalibrationField | None = None
     selection: Annotated[SerializeAsAny[SelectionStrategy], BeforeValidator(parse_selection)] | None = None
     """How choices are found among the candidates; by default the best of them."""
 

@@ -117,7 +117,7 @@ class GenerationJob:
     @property
     def calibrates(self) -> bool:
         """Whether rewards are to be calibrated."""
-        return self.reward is not None and self.calibration.size != 0
+        return self.reward is not None and self.calibration.effective_method != "none"
 
     def request(self, prompt_index: int, candidate_index: int) -> EngineRequest:
         """The engine's request for one candidate."""

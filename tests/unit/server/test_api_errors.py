@@ -110,7 +110,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"reward": 1}, "reward", "expected a string"),
     ({"calibration": {"size": 4}}, "calibration", "needs a 'reward'"),
     ({"reward": "r", "calibration": {"size": -1}}, "calibration.size", "below minimum"),
-    ({"reward": "r", "calibration": {}}, "calibration.size", "Missing"),
+    ({"reward": "r", "calibration": {"method": "best"}}, "calibration.method", "Supported values"),
 ]
 
 
