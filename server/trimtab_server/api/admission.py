@@ -74,6 +74,9 @@ def build_job(
         num_alternatives=num_alternatives,
         metadata=metadata,
     )
+    if body.calibration is not None:
+        choice = body.calibration.choice(is_steered=job.is_steered, num_candidates=num_candidates)
+        job = replace(job, calibration=choice)
     _check_steering(job, body)
     if body.calibration is not None:
         choice = body.calibration.choice(is_steered=job.is_steered, num_candidates=num_candidates)

@@ -40,7 +40,10 @@ def parquet_schema() -> Any:
         ("calibrated", pa.float64()),
         ("calibration_size", pa.int64()),
         ("calibration_error", pa.float64()),
+        ("calibration_method", pa.string()),
+        ("calibration_stale", pa.bool_()),
     ]
+    mix = [*reward, ("parts", pa.list_(pa.struct(reward)))]
     fields = [
         pa.field("schema_version", pa.int32(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
@@ -65,7 +68,7 @@ def parquet_schema() -> Any:
         pa.field("num_candidates", pa.int32(), nullable=False),
         pa.field("chosen", pa.bool_(), nullable=False),
         pa.field("finish_reason", pa.string()),
-        pa.field("rewards", pa.list_(pa.struct(reward)), nullable=False),
+        pa.field("rewards", pa.list_(pa.struct(mix)), nullable=False),
         pa.field("metadata", pa.string(), nullable=False),
     ]
     return pa.schema(fields)

@@ -168,7 +168,8 @@ class RewardValue:
     """A reward and where it stands.
 
     `calibrated` is the probability that the reference policy's own sample for this prompt scores lower, estimated from
-    `calibration_size` samples with the standard error `calibration_error`.
+    `calibration_size` samples with the standard error `calibration_error`. `calibration_method` says by what; `parts`
+    are the rewards of a mix. `calibration_stale` marks a calibrator that was made for something else.
     """
 
     name: str
@@ -177,6 +178,9 @@ class RewardValue:
     calibrated: float | None = None
     calibration_size: int | None = None
     calibration_error: float | None = None
+    calibration_method: str | None = None
+    calibration_stale: bool = False
+    parts: list["RewardValue"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

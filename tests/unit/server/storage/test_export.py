@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trimtab_adapters.contract.errors import StorageError
-from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_server.storage.base import RolloutFilter
 from trimtab_server.storage.export import export_chunks, export_file, parquet_schema
 
@@ -53,9 +53,12 @@ def from_parquet(row: dict[str, Any]) -> Rollout:
 
 
 async def test_parquet_holds_every_field(tmp_path: Path, make_rollout: MakeRollout) -> None:
+    part = RewardValue(name="a", version="1", raw=0.5, calibrated=0.75, calibration_method="pooled")
+    mix = part.model_copy(update={"name": "mix", "parts": [part, part], "calibration_stale": True})
     rollouts = [
         make_rollout("a"),
         make_rollout("c", adapter_logprobs=[[None, -0.5], [None, None]]),
+        make_rollout("mix", rewards=[mix]),
         make_rollout(
             "b",
             prompt=None,
