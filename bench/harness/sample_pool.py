@@ -59,7 +59,7 @@ class RewardPool:
         """Share of pairs of samples of one prompt that have the same reward."""
         _, size = self.rewards.shape
         equal = [float((np.unique(row, return_counts=True)[1] ** 2).sum() - size) for row in self.rewards]
-        return sum(equal) / len(equal) / (size * (size - 1))
+        return float(sum(equal) / len(equal) / (size * (size - 1)))
 
     def correlations(self) -> dict[int, float]:
         """By number of tokens, the rank correlation of partial and final rewards, averaged over prompts."""
