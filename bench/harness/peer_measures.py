@@ -92,5 +92,5 @@ def _has(body: Mapping[str, Any], name: str, num: int) -> bool:
     if name == "stop" and isinstance(value, str):
         value = [value]
     if isinstance(PROBE[name], float) and isinstance(value, int | float):
-        return abs(value - PROBE[name]) < 1e-6  # some send it as a 32-bit number
+        return bool(abs(value - PROBE[name]) < 1e-6)  # some send it as a 32-bit number
     return bool(value == PROBE[name])
