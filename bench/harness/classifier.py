@@ -1,8 +1,9 @@
 """A real reward for benches: a small classifier of sentiment, trained once from labelled sentences.
 
 It starts from a small language model with the base's tokenizer and learns to tell positive from negative texts: film
-reviews and comments, alone and up to three of one label in a row, so that it can judge passages. Its one logit is the
-log-odds of `positive`; as a reward it has hardly any ties. A fifth of the texts is held out, chosen by their hash.
+reviews and comments, alone and up to four in a row. The target of several is the share of positive ones among them, so
+that a passage is judged by all of it and not by its end. Its one logit is the log-odds of `positive`; as a reward it
+has hardly any ties. A fifth of the texts is held out, chosen by their hash.
 """
 
 import gzip
@@ -124,7 +125,7 @@ def _fit(model: Any, texts: list[Text], recipe: Recipe) -> None:
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * min(1.0, step / 100) * max(0.02, 1 - step / num_steps)
-            targets = torch.tensor([float(is_positive) for _, is_positive in batch])
+            targets = torch.tensor([share for _, share in batch])
             targets = targets * (1 - recipe.smoothing) + recipe.smoothing / 2
             loss = binary_cross_entropy_with_logits(_logits(model, [ids for ids, _ in batch]), targets)
             optimizer.zero_grad()
@@ -134,17 +135,17 @@ def _fit(model: Any, texts: list[Text], recipe: Recipe) -> None:
     model.eval()
 
 
-def _batches(texts: list[Text], recipe: Recipe, generator: random.Random) -> list[list[tuple[tuple[int, ...], bool]]]:
-    """One epoch: passages of one to three texts of a label, in batches of similar length and random order."""
-    passages: list[tuple[tuple[int, ...], bool]] = []
-    for is_positive in (True, False):
-        alike = [text.ids for text in texts if text.is_positive is is_positive]
-        generator.shuffle(alike)
-        while alike:
-            num = generator.choice((1, 1, 1, 2, 3))
-            ids = tuple(token for part in alike[-num:] for token in part)
-            del alike[-num:]
-            passages.append((ids[-recipe.max_length :], is_positive))
+def _batches(texts: list[Text], recipe: Recipe, generator: random.Random) -> list[list[tuple[tuple[int, ...], float]]]:
+    """One epoch: passages and their shares of positive texts, in batches of similar length and random order."""
+    passages: list[tuple[tuple[int, ...], float]] = []
+    left = list(texts)
+    generator.shuffle(left)
+    while left:
+        parts = left[-generator.choice((1, 1, 2, 3, 4)) :]
+        del left[-len(parts) :]
+        ids = tuple(token for part in parts for token in part.ids)
+        if len(ids) <= recipe.max_length:
+            passages.append((ids, sum(part.is_positive for part in parts) / len(parts)))
     generator.shuffle(passages)
     size, batches = recipe.batch_size, []
     for begin in range(0, len(passages), size * 20):
