@@ -259,14 +259,14 @@ async def test_another_reward_may_judge_unfinished_texts(client: httpx.AsyncClie
     assert {i for i, state in states(data).items() if state in ("chosen", "not_chosen")} == {c.index for c in shortest}
 
 
-async def test_without_checkpoints_a_quarter_and_a_half_of_max_tokens_are_taken(
+async def test_without_checkpoints_candidates_are_judged_once_at_three_sixteenths(
     client: httpx.AsyncClient, gateway: FakeGateway
 ) -> None:
     gateway.scoring.rewards["pseudo"] = pseudo_reward
     data = await answer(
         client, best_of=4, reward="pseudo", selection={"strategy": "early_reject"}, max_tokens=20, seed=1
     )
-    assert data["choices"][0]["selection"]["checkpoints"] == [5, 10]
+    assert data["choices"][0]["selection"]["checkpoints"] == [3]
 
 
 async def test_soft_draws_in_proportion_to_the_tilt(client: httpx.AsyncClient, gateway: FakeGateway) -> None:

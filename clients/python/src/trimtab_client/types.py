@@ -90,8 +90,9 @@ class SamplingParams(TypedDict, total=False):
     steering: Steering | None
     steering_logprobs: bool | None
     best_of: int | None
-    reward: str | None
+    reward: str | dict[str, Any] | None
     calibration: dict[str, Any] | None
+    selection: dict[str, Any] | None
 
     extra_body: dict[str, Any] | None
     """Further fields of the body, sent as they are; they win over the others."""
@@ -185,12 +186,19 @@ class RewardValue:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Why this candidate was chosen: its place among `num_candidates`, by reward or else by mean log-probability."""
+    """Why this candidate was chosen: its place among `num_candidates`, by reward or else by mean log-probability.
+
+    `extra` holds what else the `strategy` has to say, such as `threshold` or `num_stopped`; `left_out` are candidates that
+    failed and that the request did without.
+    """
 
     rank: int | None = None
     num_candidates: int | None = None
     mean_logprob: float | None = None
     reward: RewardValue | None = None
+    strategy: str | None = None
+    warnings: list[str] | None = None
+    left_out: list[dict[str, Any]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -295,6 +303,23 @@ class CompletionChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class CandidateReport:
+    """What became of one candidate, chosen or not: `state` is `chosen`, `not_chosen`, `stopped` or `late`."""
+
+    index: int
+    state: str
+    prompt_index: int = 0
+    text: str | None = None
+    message: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    rank: int | None = None
+    num_candidates: int | None = None
+    mean_logprob: float | None = None
+    reward: RewardValue | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Answer of `POST /v1/completions`, or one chunk of its stream."""
 
@@ -305,6 +330,7 @@ class Completion:
     object: str = "text_completion"
     usage: Usage | None = None
     steering: AppliedSteering | None = None
+    candidates: list[CandidateReport] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -343,6 +369,7 @@ class ChatCompletion:
     object: str = "chat.completion"
     usage: Usage | None = None
     steering: AppliedSteering | None = None
+    candidates: list[CandidateReport] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ def checkpoints_of(params: EarlyReject, max_tokens: int) -> list[int]:
     """Numbers of tokens at which candidates are judged."""
     if params.checkpoints is not None:
         return params.checkpoints
-    return sorted({max(1, max_tokens // 4), max(1, max_tokens // 2)} - {max_tokens})
+    return [at] if (at := max(1, 3 * max_tokens // 16)) < max_tokens else []
 
 
 async def early_reject(run: PromptRun, params: EarlyReject) -> PromptResult:
