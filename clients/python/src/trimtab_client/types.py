@@ -188,8 +188,8 @@ class RewardValue:
 class Selection:
     """Why this candidate was chosen: its place among `num_candidates`, by reward or else by mean log-probability.
 
-    `extra` holds what else the `strategy` has to say, such as `threshold` or `num_stopped`; `left_out` are candidates that
-    failed and that the request did without.
+    `extra` holds what else the `strategy` has to say, such as `threshold` or `num_stopped`; `left_out` are candidates
+    that failed and that the request did without.
     """
 
     rank: int | None = None
