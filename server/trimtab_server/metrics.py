@@ -42,6 +42,11 @@ class Metrics:
         self.errors = counter("request_errors", "Failed requests.", ["endpoint", "status", "code"])
         self.disconnects = counter("request_disconnects", "Requests whose client went away.", ["endpoint"])
         self.rollouts = counter("rollouts_logged", "Rollouts handed to the log.")
+        self.selected = counter(
+            "selection_candidates",
+            "Candidates of requests that select, by strategy and what became of them.",
+            [*model, "strategy", "state"],
+        )
         self.steered_tokens = counter("steered_tokens", "Tokens sampled with steering, of recorded candidates.")
         self.flipped_tokens = counter("flipped_tokens", "Tokens at which steering changed the most probable one.")
         self.running = Gauge("trimtab:num_requests_running", "Requests being answered.", model, registry=self.registry)
@@ -101,6 +106,9 @@ class RequestTimer:
             metrics.success.labels(model, selection.candidate.finish_reason or "unknown").inc()
         for prompt in result.prompts:
             metrics.candidates.labels(model).inc(len(prompt.selections))
+            if (request := result.job.selection) is not None:
+                for selection in prompt.selections:
+                    metrics.selected.labels(model, request.strategy, selection.state).inc()
             if is_logged:
                 metrics.rollouts.labels(model).inc(len(prompt.selections) + len(prompt.references))
             for candidate in prompt.candidates:
