@@ -19,7 +19,10 @@ from trimtab_server.decoding.job import PIECE_FIELDS, GenerationJob
 from trimtab_server.decoding.strategies.threshold import threshold_of
 from trimtab_server.storage.base import ResolvedModel
 
-_HARMLESS_IN_PIECES = {"max_tokens", "max_completion_tokens", "logprobs", "return_token_ids", "add_special_tokens"}
+_HARMLESS_IN_PIECES = {
+    *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
+    *("return_token_ids", "add_special_tokens"),
+}
 _CHAT_RENDERING = {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 
 

@@ -138,6 +138,7 @@ class GrowingAnswer:
             choice |= {"text": self.text, "logprobs": self._logprobs or None}
         else:
             choice["message"] = {"role": "assistant", "content": self.text}
+            choice["logprobs"] = self._chat_logprobs(slice(None))
         num_prompt, num_output = len(self.prompt_token_ids), len(self.token_ids)
         steering = job.steering(f"{job.id}-{self._run.index}-{self.index}")
         record = joined_records(steering.uid, self._records) if steering is not None and self._records else None
@@ -169,13 +170,25 @@ class GrowingAnswer:
         if self._run.job.endpoint == "completions":
             choice |= {"text": text, "logprobs": {key: values[tokens] for key, values in self._logprobs.items()}}
         else:
-            choice["delta"] = {"content": text}
+            choice |= {"delta": {"content": text}, "logprobs": self._chat_logprobs(tokens)}
         return EngineDelta(
             choice=choice,
             token_ids=self.token_ids[tokens],
             token_logprobs=self._token_logprobs[tokens],
             prompt_token_ids=self.prompt_token_ids if first else None,
         )
+
+    def _chat_logprobs(self, tokens: slice) -> dict[str, Any] | None:
+        """The log-probabilities of some tokens in the form of chat completions."""
+        if not self._logprobs:
+            return None
+        num_top = self._run.job.body.get("top_logprobs") or 0
+        names = ("tokens", "token_logprobs", "top_logprobs")
+        content = []
+        for token, logprob, top in zip(*(self._logprobs[name][tokens] for name in names), strict=True):
+            likeliest = sorted((top or {}).items(), key=lambda item: -item[1])[:num_top]
+            content.append({**_entry(token, logprob), "top_logprobs": [_entry(*item) for item in likeliest]})
+        return {"content": content}
 
     async def _detokenized(self) -> str:
         prompt, whole = await asyncio.gather(
@@ -191,6 +204,10 @@ class GrowingAnswer:
             return 0
         stops = body.get("stop") or ()
         return max((n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+
+
+def _entry(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "replace"))}
 
 
 def _tokens_for(tokens: Sequence[str], num_chars: int, num_tokens: int) -> int:

@@ -147,7 +147,8 @@ class GenerationJob:
         uid = f"{self.id}-{prompt_index}-{piece}-{number}"
         body = {name: value for name, value in self.body.items() if name in PIECE_FIELDS}
         body |= {"prompt": prompt_token_ids + output_token_ids, "max_tokens": max_tokens, "return_token_ids": True}
-        body["logprobs"] = self.body["logprobs"] if self.endpoint == "completions" else 0
+        asked = "logprobs" if self.endpoint == "completions" else "top_logprobs"
+        body["logprobs"] = self.body.get(asked) or 0
         if body.get("min_tokens"):
             body["min_tokens"] = min(max_tokens, max(0, body["min_tokens"] - len(output_token_ids)))
         steering = self.steering(uid)

@@ -154,7 +154,12 @@ async def test_chats_continue_from_the_ids_of_their_template(client: httpx.Async
     response = await client.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
     prompt = fake_model.tokenize(fake_model.render_chat(body["messages"]))  # type: ignore[arg-type]
-    _, text = grown(prompt, 8, 4, 2, 4)
+    tokens, text = grown(prompt, 8, 4, 2, 4)
+    shown = await client.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 1})
+    content = shown.json()["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == [fake_model.token_text(token) for token in tokens]
+    assert all(entry["top_logprobs"][0]["logprob"] == entry["logprob"] for entry in content)
+    assert response.json()["choices"][0]["logprobs"] is None
     assert response.json()["choices"][0]["message"] == {"role": "assistant", "content": text}
     assert {request.endpoint for request in gateway.engine.observed.requests} == {"completions"}
 
