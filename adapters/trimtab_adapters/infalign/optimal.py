@@ -48,9 +48,9 @@ class OptimalPolicy:
     @cached_property
     def transform(self) -> Tabulated:
         """Φ, from 0 at 0 to its largest value at 1; tilting by it with this β gives the policy back."""
-        influence = np.maximum.accumulate(self.procedure.influence(self.ranks))
-        # The last node is 2e-13 below 1.
-        values = np.concatenate(([0.0], influence, influence[-1:]))
+        influence = self.procedure.influence(self.ranks)
+        # The last node is 2e-13 below 1. Near 0, where Φ is next to 0, quadrature may fall back below it.
+        values = np.maximum.accumulate(np.concatenate(([0.0], influence, influence[-1:])))
         return Tabulated((0.0, *unit_grid().nodes.tolist(), 1.0), tuple(values.tolist()))
 
 
