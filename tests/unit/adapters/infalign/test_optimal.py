@@ -242,6 +242,10 @@ def test_a_tilt_at_a_kl_has_that_kl(transform: Transform, kl: float) -> None:
     assert tilt_at_kl(transform, kl).kl() == pytest.approx(kl, rel=1e-8)
 
 
+def test_the_beta_that_the_search_starts_from_is_found_as_well() -> None:
+    assert tilt_at_kl(Identity(), TiltedPolicy(Identity(), 1.0).kl()).beta == 1.0
+
+
 def test_a_kl_that_no_tilt_has_is_refused() -> None:
     with pytest.raises(ValueError, match="no tilt spends a KL"):
         tilt_at_kl(Identity(), 50.0)
