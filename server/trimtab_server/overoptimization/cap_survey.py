@@ -129,8 +129,9 @@ class CapSurvey:
 
 
 def _usable(collector: PoolCollector) -> tuple[list[SamplePool], int]:
+    pools = collector.settle()
     largest: defaultdict[str, int] = defaultdict(int)
-    for pool in collector.pools():
+    for pool in pools:
         largest[pool.prompt_key] = max(largest[pool.prompt_key], len(pool.samples))
     try:
         max_n = choose_max_n(list(largest.values()))
@@ -139,11 +140,10 @@ def _usable(collector: PoolCollector) -> tuple[list[SamplePool], int]:
         left_out = f", of these left out: {counts}" if counts else ""
         message = f"{exc.message} ({collector.num_read} rollouts were read{left_out})"
         raise ConflictError(message, code=exc.code) from exc
-    used = [pool for pool in collector.pools() if len(pool.samples) >= max_n]
-    num_small = sum(len(pool.samples) for pool in collector.pools()) - sum(len(pool.samples) for pool in used)
+    num_small = sum(len(pool.samples) for pool in pools if len(pool.samples) < max_n)
     if num_small:
-        collector.left_out[f"of prompts with fewer than {max_n} samples"] = num_small
-    return used, max_n
+        collector.left_out[f"of pools with fewer than {max_n} samples"] = num_small
+    return [pool for pool in pools if len(pool.samples) >= max_n], max_n
 
 
 async def _rewards_of(pool: SamplePool, reward: Scorer, key: str) -> list[float]:

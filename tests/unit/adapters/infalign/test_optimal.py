@@ -168,6 +168,11 @@ def test_for_a_large_beta_the_optimal_transform_is_the_one_step_form(procedure: 
     assert transform(u) / transform.values[-1] == pytest.approx(OneStep(procedure.kind, procedure.n)(u), abs=1e-4)
 
 
+@pytest.mark.parametrize("procedure", PROCEDURES)
+def test_shooting_hits_the_reference_policy_for_a_beta_without_end(procedure: Procedure) -> None:
+    assert shoot_optimal(procedure, 1e9).log_density == pytest.approx(0.0, abs=1e-7)
+
+
 def test_worst_of_n_wins_almost_always_for_a_small_beta() -> None:
     for n, beta in product((2, 4, 8), (0.1, 0.02)):
         # W = 1 - β/N; the next term is e^{-2/β} and below.
@@ -235,6 +240,10 @@ def test_the_best_exponential_is_as_close_to_the_optimum_as_stated(kl: float, pr
 @pytest.mark.parametrize("kl", [1e-6, 0.3, 3.0])
 def test_a_tilt_at_a_kl_has_that_kl(transform: Transform, kl: float) -> None:
     assert tilt_at_kl(transform, kl).kl() == pytest.approx(kl, rel=1e-8)
+
+
+def test_the_beta_that_the_search_starts_from_is_found_as_well() -> None:
+    assert tilt_at_kl(Identity(), TiltedPolicy(Identity(), 1.0).kl()).beta == 1.0
 
 
 def test_a_kl_that_no_tilt_has_is_refused() -> None:

@@ -112,7 +112,7 @@ async def test_the_command_says_what_was_left_out(bench: Bench, run: Run) -> Non
     text = await run("rewards", "overoptimization", "--proxy", "length", "--gold", "brevity")
     assert text.splitlines()[1:3] == [
         "left out: 1 of another base model",
-        "left out: 1 of prompts with fewer than 8 samples",
+        "left out: 1 of pools with fewer than 8 samples",
     ]
 
 

@@ -88,7 +88,7 @@ async def test_only_pools_that_reach_the_largest_n_are_scored() -> None:
     assert (cap.num_prompts, len(cap.curve), cap.num_samples) == (20, 8, 163)
     assert bench.rewards.gold.num_scored == 163
     assert cap.num_rollouts == 203
-    assert cap.left_out == {"of prompts with fewer than 8 samples": 40}
+    assert cap.left_out == {"of pools with fewer than 8 samples": 40}
 
 
 async def test_equal_outputs_are_scored_once() -> None:

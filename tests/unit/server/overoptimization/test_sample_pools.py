@@ -17,14 +17,20 @@ def collected(*changes: dict[str, Any]) -> tuple[list[SamplePool], dict[str, int
     for number, change in enumerate(changes):
         collector.add(rollout(f"r{number}", **change))
     assert collector.num_read == len(changes)
-    return collector.pools(), dict(collector.left_out)
+    pools = collector.settle()
+    return pools, dict(collector.left_out)
 
 
 def test_candidates_and_reference_rollouts_of_one_prompt_are_one_pool() -> None:
     rewards = [RewardValue(name="kind", version="3", raw=0.5, calibrated=0.9)]
     (pool,), left_out = collected(
         {"rewards": rewards},
-        {"endpoint": "reference", "output_text": "y", "chosen": False},
+        {
+            "endpoint": "reference",
+            "output_text": "y",
+            "chosen": False,
+            "metadata": {"endpoint": "completions"},
+        },
         {"metadata": {"selection": "soft"}},
         {"metadata": {"selection": "poisson"}},
     )
@@ -43,6 +49,8 @@ def test_candidates_and_reference_rollouts_of_one_prompt_are_one_pool() -> None:
     [
         {"prompt": 1},
         {"prompt_token_ids": [9]},
+        {"endpoint": "chat.completions"},
+        {"endpoint": "reference", "metadata": {"endpoint": "chat.completions"}},
         {"steering": [KIND]},
         {"sampling": {"temperature": 0.7, "max_tokens": 8}},
         {"sampling": {"temperature": 1.0, "max_tokens": 8, "steering_operators": {"start": 3}}},
@@ -76,6 +84,13 @@ def test_pools_of_one_prompt_share_its_key() -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_what_an_older_base_of_the_name_said_is_left_out() -> None:
+    old, new = {"metadata": {"base_identity": "old"}}, {"metadata": {"base_identity": "new"}}
+    (pool, of_prompt_1), left_out = collected(old, {}, new, new, {**new, "prompt": 1})
+    assert (len(pool.samples), len(of_prompt_1.samples)) == (2, 1)
+    assert left_out == {"of another base behind the same name, or of one not known": 2}
+
+
 def test_a_seed_that_is_repeated_is_one_sample() -> None:
     seeded = {"sampling": {"temperature": 1.0, "max_tokens": 8, "seed": 5}}
     other = {"sampling": {"temperature": 1.0, "max_tokens": 8, "seed": 6}}
@@ -90,6 +105,7 @@ def test_a_seed_that_is_repeated_is_one_sample() -> None:
         ({"base_model": "other"}, "of another base model"),
         ({"endpoint": "training"}, "drawn for training"),
         ({"finish_reason": "abort"}, "stopped before their end"),
+        ({"metadata": {"num_left_out": 1}}, "of requests in which a candidate failed"),
         ({"metadata": {"selection": "adaptive"}}, "drawn until one was good enough"),
         ({"metadata": {"selection": "rejection"}}, "drawn until one was good enough"),
         ({"metadata": {"selection": "early_reject"}}, "rejected early"),
@@ -103,7 +119,7 @@ def test_a_seed_that_is_repeated_is_one_sample() -> None:
 def test_what_is_no_independent_sample_is_left_out_and_counted(change: dict[str, Any], reason: str) -> None:
     collector = PoolCollector("base")
     collector.add(rollout("r").model_copy(update=change))
-    assert collector.pools() == []
+    assert collector.settle() == []
     ((found, count),) = collector.left_out.items()
     assert reason in found
     assert count == 1
