@@ -90,7 +90,8 @@ class SamplingParams(TypedDict, total=False):
     steering: Steering | None
     steering_logprobs: bool | None
     best_of: int | None
-    reward: str | dict[str, Any] | None
+    reward: str | Mapping[str, Any] | None
+    """A registered reward, weights of several, or `{"combine": "min", "weights": {...}}`."""
     calibration: dict[str, Any] | None
     selection: dict[str, Any] | None
 
