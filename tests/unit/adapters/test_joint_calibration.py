@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab_adapters.contract.calibration import EmpiricalCalibrator
 from trimtab_adapters.contract.joint_calibration import JointCalibrator, joint_leave_one_out
 from trimtab_adapters.contract.rewards import Combine
 
+# Each example takes some milliseconds, more on a busy machine.
+quick = settings(deadline=None, max_examples=50)
 COMBINES: tuple[Combine, ...] = ("mean", "min", "product")
 # Few values, so that ties are common.
 tied = st.integers(-3, 3).map(float)
@@ -24,6 +26,7 @@ def joint(rows: Sequence[Sequence[float]], combine: Combine) -> JointCalibrator:
     return JointCalibrator(tuple(tuple(row) for row in rows), combine, (1 / m,) * m)
 
 
+@quick
 @given(st.lists(tied, min_size=1, max_size=12), tied, st.sampled_from(COMBINES))
 def test_one_reward_is_calibrated_as_by_itself(scores: list[float], reward: float, combine: Combine) -> None:
     alone = EmpiricalCalibrator.fit(scores, reference="base", reward="r@1")
@@ -34,6 +37,7 @@ def test_one_reward_is_calibrated_as_by_itself(scores: list[float], reward: floa
     )
 
 
+@quick
 @given(rows_of_two, st.sampled_from(COMBINES))
 def test_the_mean_under_the_reference_policy_is_one_half(rows: list[tuple[float, float]], combine: Combine) -> None:
     # A new sample and the K rollouts are exchangeable: each of the K + 1 is as likely to be the new one. So the mean
@@ -42,6 +46,7 @@ def test_the_mean_under_the_reference_policy_is_one_half(rows: list[tuple[float,
     assert sum(values) / len(values) == pytest.approx(0.5, abs=1e-12)
 
 
+@quick
 @given(rows_of_two, st.tuples(tied, tied), st.sampled_from(COMBINES))
 def test_increasing_maps_of_any_reward_change_nothing(
     rows: list[tuple[float, float]], candidate: tuple[float, float], combine: Combine
@@ -55,6 +60,7 @@ def test_increasing_maps_of_any_reward_change_nothing(
     assert after.standard_error(mapped(candidate)) == before.standard_error(candidate)
 
 
+@quick
 @given(rows_of_two, st.tuples(tied, tied), st.tuples(tied, tied), st.sampled_from(COMBINES))
 def test_a_candidate_that_is_nowhere_lower_is_not_calibrated_lower(
     rows: list[tuple[float, float]], one: tuple[float, float], other: tuple[float, float], combine: Combine
@@ -105,6 +111,14 @@ def test_the_error_of_a_candidate_beyond_all_rollouts_is_not_told_as_0() -> None
     assert calibrator.standard_error([1.0, 1.0]) == pytest.approx(math.sqrt(p * (1 - p) / 8), rel=1e-12)
 
 
+def test_combinations_that_are_equal_as_fractions_tie() -> None:
+    # The rollouts hold the same three ranks in every order, so all of them tie; their sums of floats differ.
+    rows = tuple(itertools.permutations([1.0, 2.0, 3.0]))
+    combined, calibrated = joint_leave_one_out(rows, "mean", (1 / 3,) * 3)
+    assert len(set(combined)) == 1
+    assert calibrated == [0.5] * 6
+
+
 def test_weights_trade_off() -> None:
     rows = [[0.0, 3.0], [1.0, 2.0], [2.0, 1.0], [3.0, 0.0]]
     by_first = JointCalibrator(tuple(map(tuple, rows)), "mean", (0.9, 0.1))
@@ -113,6 +127,7 @@ def test_weights_trade_off() -> None:
     assert by_first.calibrate([0.5, 2.5]) == by_second.calibrate([2.5, 0.5]) == 0.25
 
 
+@quick
 @given(rows_of_two, st.sampled_from(COMBINES))
 def test_leave_one_out_of_a_mix_has_mean_one_half(rows: list[tuple[float, float]], combine: Combine) -> None:
     _, calibrated = joint_leave_one_out(rows, combine, (0.3, 0.7))

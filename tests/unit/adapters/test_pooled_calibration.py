@@ -127,6 +127,7 @@ def test_the_distance_from_uniform_is_that_of_the_definition() -> None:
     # Steps at .2 and .7: before .2 the function is 0, so .2 away; at .7 it is ½ below and 1 above: .2 and .3 away.
     assert ks_distance([0.7, 0.2]) == pytest.approx(0.3)
     assert ks_distance([0.5] * 10) == pytest.approx(0.5)
+    assert ks_distance([0.8, 0.9]) == pytest.approx(0.8)  # just before the first step
     with pytest.raises(ValueError, match="no values"):
         ks_distance([])
 
