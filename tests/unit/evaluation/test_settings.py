@@ -36,7 +36,7 @@ name = "brand"
 max_tokens = 32
 
 [interval]
-method = "t"
+method = "percentile"
 
 [output]
 plot_file = "report.svg"
@@ -71,7 +71,18 @@ def test_flags_say_the_same_and_win_over_the_file(tmp_path: Path) -> None:
     path.write_text(TOML)
     flags = [
         *("--gateway", "http://127.0.0.1:8000", "--concurrency", "4", "--prompts", "prompts.jsonl"),
-        *("--reward", "helpful", "--judge", "careful", "--samples", "16", "--max-tokens", "32", "--interval", "t"),
+        *(
+            "--reward",
+            "helpful",
+            "--judge",
+            "careful",
+            "--samples",
+            "16",
+            "--max-tokens",
+            "32",
+            "--interval",
+            "percentile",
+        ),
         *("--policy", "base", "--policy", 'half={"adapters": [{"name": "brand", "alpha": 0.5}]}', "--policy", "brand"),
         *("--procedure", "standard", "--procedure", "best_of_n:8", "--procedure", 'served:{"best_of": 8}'),
         *("--pair", "brand@best_of_n:4", "base", "--plot", "report.svg"),

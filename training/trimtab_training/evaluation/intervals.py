@@ -12,8 +12,8 @@ from scipy import stats
 Floats = NDArray[np.float64]
 
 IntervalMethod = Literal["bca", "percentile", "t"]
-"""`bca` and `percentile` resample prompts (Efron 1987); `t` is mean ± t · standard error with one degree of freedom
-less than there are prompts."""
+"""`t` is mean ± t · standard error with one degree of freedom less than there are prompts; `bca` and `percentile`
+resample prompts (Efron 1987)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Intervals:
         seed: Of the bootstrap. Every estimate resamples the same prompts.
     """
 
-    method: IntervalMethod = "bca"
+    method: IntervalMethod = "t"
     confidence: float = 0.95
     num_resamples: int = 2000
     seed: int = 0

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, help="(default: 1.0)")
     add("--top-p", type=float, help="(default: 1.0)")
     add("--stop", action="append", metavar="TEXT", help="text that ends an output; repeatable")
-    add("--interval", choices=["bca", "percentile", "t"], help="how errors are made (default: bca)")
+    add("--interval", choices=["t", "bca", "percentile"], help="how errors are made (default: t)")
     add("--confidence", type=float, help="of the intervals (default: 0.95)")
     add("--concurrency", type=int, metavar="N", help="requests in flight (default: 16)")
     add("--work-dir", type=Path, metavar="DIR", help="keep samples here; an interrupted run goes on from them")

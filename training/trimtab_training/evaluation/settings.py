@@ -67,8 +67,9 @@ class Side(ConfigSection):
 class IntervalConfig(ConfigSection):
     """How uncertain means over prompts are."""
 
-    method: IntervalMethod = "bca"
-    """`bca` or `percentile`, bootstraps over prompts, or `t`, the normal formula for clusters."""
+    method: IntervalMethod = "t"
+    """`t`, the normal formula for clusters, or `bca` or `percentile`, bootstraps over prompts, which cover too little
+    with few prompts (docs/evaluate.md has the measurement)."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Coverage."""
     num_resamples: int = Field(default=2000, ge=100, le=100_000)
