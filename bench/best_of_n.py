@@ -55,6 +55,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=_parts, default=list(PARTS))
     parser.add_argument("--base", type=Path, default=Path("../shared/models/base7m"))
+    parser.add_argument("--classifier", type=Path, help="of a reward that is there already")
     parser.add_argument("--start", type=Path, default=Path("../shared/models/small2m"), help="of the classifier")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--dtype", default="float32", help="of the base in the engine")
@@ -107,7 +108,7 @@ def _world(options: argparse.Namespace) -> Iterator[World]:
     """Engine and gateway with the reward registered, and the pool of samples, drawn through the gateway."""
     from transformers import AutoTokenizer
 
-    directory = classifier(options.data, options.start)
+    directory = options.classifier or classifier(options.data, options.start)
     spec = RewardSpec(name=REWARD, kind="hf_classifier", target=str(directory), options={"batch_size": 64})
     reward = ClassifierReward.load(spec)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
