@@ -39,6 +39,7 @@ Started = Callable[[], "contextlib.AbstractContextManager[peers.Peer]"]
 
 def main(argv: list[str]) -> int:
     options = _parse(argv)
+    services.stop_on_sigterm()
     directory = options.classifier or classifier(options.data, options.start)
     spec = RewardSpec(name=REWARD, kind="hf_classifier", target=str(directory))
     reward = ClassifierReward.load(spec)
