@@ -37,6 +37,7 @@ PARTS = ("theory", "wall", "adaptive", "early_reject")
 
 def main(argv: list[str]) -> int:
     options = _parse(argv)
+    services.stop_on_sigterm()
     result: dict[str, Any] = {"machine": describe_machine(), "options": {k: str(v) for k, v in vars(options).items()}}
     with _world(options) as world:
         result["ties"] = world.pool.tie_share
@@ -55,6 +56,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=_parts, default=list(PARTS))
     parser.add_argument("--base", type=Path, default=Path("../shared/models/base7m"))
+    parser.add_argument("--classifier", type=Path, help="of a reward that is there already")
     parser.add_argument("--start", type=Path, default=Path("../shared/models/small2m"), help="of the classifier")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--dtype", default="float32", help="of the base in the engine")
@@ -65,26 +67,41 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8, help="per prompt, n and setting")
     parser.add_argument("--rounds", type=int, default=3, help="of the part `wall`")
     parser.add_argument("--sizes", type=_numbers, default=[1, 2, 4, 8, 16, 32], help="n of the part `theory`")
-    parser.add_argument("--adaptive", type=json.loads, default={"strategy": "adaptive"}, help="`selection`, as JSON")
+    parser.add_argument(
+        "--adaptive", type=json.loads, default={"strategy": "adaptive", "wave": 1}, help="`selection`, as JSON"
+    )
     parser.add_argument("--cap", type=int, default=20, help="candidates of `adaptive` at most")
     parser.add_argument("--thresholds", type=_fractions, default=[0.7, 0.75, 0.8, 0.85, 0.9])
     parser.add_argument("--waves", type=_numbers, default=[1] * 20, help="of the simulation of `adaptive`")
-    parser.add_argument("--calibration", type=int, default=32, help="reference rollouts of `adaptive`")
+    parser.add_argument("--calibration", type=int, default=128, help="reference rollouts of `adaptive`")
     parser.add_argument(
         "--early-reject",
         type=json.loads,
         action="append",
-        help="`selection`, as JSON, with `keep` and `checkpoints`; may be repeated, the first gives the key figures",
+        help="`selection` and `best_of`, as JSON; may be repeated, the first gives the key figures",
     )
     parser.add_argument("--quick", action="store_true", help="few prompts and requests, to see that it runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     if options.quick:
         options.prompts, options.pool, options.requests, options.rounds = 6, 79, 2, 1
-    options.early_reject = options.early_reject or [
-        {"strategy": "early_reject", "keep": 0.5, "checkpoints": [options.max_tokens // 4, options.max_tokens // 2]}
-    ]
+    options.early_reject = options.early_reject or _default_rejects(options.max_tokens)
     return options
+
+
+def _default_rejects(max_tokens: int) -> list[dict[str, Any]]:
+    """The gateway's own default, then one start with more candidates, then two checkpoints."""
+    sixteenth = max(1, max_tokens // 16)
+    settings = ((8, 0.5, [3]), (10, 0.4, [2]), (8, 0.75, [4, 8, 12]), (8, 0.5, [4, 8]))
+    return [
+        {
+            "strategy": "early_reject",
+            "best_of": num,
+            "keep": keep,
+            "checkpoints": [sixteenth * at for at in checkpoints],
+        }
+        for num, keep, checkpoints in settings
+    ]
 
 
 def _parts(text: str) -> list[str]:
@@ -107,7 +124,7 @@ def _world(options: argparse.Namespace) -> Iterator[World]:
     """Engine and gateway with the reward registered, and the pool of samples, drawn through the gateway."""
     from transformers import AutoTokenizer
 
-    directory = classifier(options.data, options.start)
+    directory = options.classifier or classifier(options.data, options.start)
     spec = RewardSpec(name=REWARD, kind="hf_classifier", target=str(directory), options={"batch_size": 64})
     reward = ClassifierReward.load(spec)
     tokenizer = AutoTokenizer.from_pretrained(options.base)

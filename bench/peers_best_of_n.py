@@ -39,7 +39,8 @@ Started = Callable[[], "contextlib.AbstractContextManager[peers.Peer]"]
 
 def main(argv: list[str]) -> int:
     options = _parse(argv)
-    directory = classifier(options.data, options.start)
+    services.stop_on_sigterm()
+    directory = options.classifier or classifier(options.data, options.start)
     spec = RewardSpec(name=REWARD, kind="hf_classifier", target=str(directory))
     reward = ClassifierReward.load(spec)
     prompts = openings(options.data, options.prompts)
@@ -63,6 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "trimtab" / "bench" / "peers")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=["optillm", "its_hub", "tensorzero"])
     parser.add_argument("--base", type=Path, default=Path("../shared/models/base7m"))
+    parser.add_argument("--classifier", type=Path, help="of a reward that is there already")
     parser.add_argument("--start", type=Path, default=Path("../shared/models/small2m"), help="of the classifier")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--prompts", type=int, default=40)

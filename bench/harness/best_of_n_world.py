@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from harness.completions import Completion, Completions
 from harness.sample_pool import RewardPool
@@ -39,7 +40,12 @@ class Outcomes:
     def costs(self, *, with_references: bool = False) -> Costs:
         """Means over the requests of each prompt."""
         tokens = self.tokens + self.reference_tokens if with_references else self.tokens
-        return Costs(self.calibrated.mean(axis=1), self.reward.mean(axis=1), tokens.mean(axis=1))
+        return Costs(
+            calibrated=self.calibrated.mean(axis=1),
+            reward=self.reward.mean(axis=1),
+            probability=expit(self.reward).mean(axis=1),
+            tokens=tokens.mean(axis=1),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +80,16 @@ class World:
         ranking = {"best_of": best_of, "reward": REWARD, "calibration": {"size": calibration}}
         return self.body(prompt, seed, **ranking, **fields)
 
-    def ask(self, num_requests: int, **fields: Any) -> Outcomes:
+    def ask(self, num_requests: int, *, stream: int = 0, **fields: Any) -> Outcomes:
         """The same ranked request, with other seeds, some times for each prompt.
 
-        Equal numbers of requests use equal seeds, so that strategies see the same candidates.
+        Equal numbers of requests of one `stream` use equal seeds, so that strategies see the same candidates.
         """
-        seeds = range(0, num_requests * _SEED_STEP, _SEED_STEP)
+        begin = 1 + stream * len(self.prompts) * num_requests
         bodies = [
-            self.ranked(prompt, 1 + seed + i * num_requests * _SEED_STEP, **fields)
+            self.ranked(prompt, (begin + i * num_requests + j) * _SEED_STEP, **fields)
             for i, prompt in enumerate(self.prompts)
-            for seed in seeds
+            for j in range(num_requests)
         ]
         answers = self.gateway.all(bodies)
         return self.judge([answers[i : i + num_requests] for i in range(0, len(answers), num_requests)])

@@ -41,7 +41,7 @@ class Completions:
         concurrency: Most requests at a time in `all`.
     """
 
-    def __init__(self, url: str, *, concurrency: int = 4) -> None:
+    def __init__(self, url: str, *, concurrency: int = 16) -> None:
         self._concurrency = concurrency
         self._http = httpx.Client(base_url=url, timeout=600.0, trust_env=False)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from harness.sample_pool import RewardPool
@@ -110,5 +111,6 @@ class Simulation:
         return Costs(
             calibrated=chosen(self._calibrated),
             reward=chosen(self._pool.rewards),
+            probability=chosen(expit(self._pool.rewards)),
             tokens=np.asarray(tokens.mean(axis=1), dtype=np.float64),
         )

@@ -18,6 +18,11 @@ _READY_S = 300.0
 _GRACE_S = 30.0
 
 
+def stop_on_sigterm() -> None:
+    """Make SIGTERM end this process as an exception does, so that its children are stopped."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+
 @contextlib.contextmanager
 def engine(base: Path, log: Path, *arguments: str, dtype: str = "float32", nice: int = 0) -> Iterator[str]:
     """A Trimtab engine on a base model; yields its address.
@@ -34,7 +39,7 @@ def engine(base: Path, log: Path, *arguments: str, dtype: str = "float32", nice:
     command = [
         *(sys.executable, "-m", "trimtab_adapters.vllm.launch", f"--model={base}", f"--served-model-name={MODEL}"),
         *(f"--port={port}", f"--dtype={dtype}", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=256"),
-        *(f"--nice={nice}", *arguments),
+        *(f"--nice={nice}", "--die-with-parent", *arguments),
     ]
     with _running(command, f"{url}/trimtab/status", log):
         yield url

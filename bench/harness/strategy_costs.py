@@ -20,12 +20,14 @@ class Costs:
 
     Attributes:
         calibrated: Calibrated reward of the choices.
-        reward: Their raw reward.
+        reward: Their raw reward, log-odds.
+        probability: The same as a probability.
         tokens: Generated for one request, all candidates counted.
     """
 
     calibrated: Floats
     reward: Floats
+    probability: Floats
     tokens: Floats
 
 
@@ -100,6 +102,11 @@ def token_ratio(plain: Costs, other: Costs) -> Interval:
 def calibrated_loss(plain: Costs, other: Costs) -> Interval:
     """By which part the mean calibrated reward is lower than that of best-of-n."""
     return _bootstrap(lambda p: 1 - float(other.calibrated[p].mean() / plain.calibrated[p].mean()), len(plain.tokens))
+
+
+def probability_loss(plain: Costs, other: Costs) -> Interval:
+    """By which part the mean probability that the classifier gives the wanted class is lower."""
+    return _bootstrap(lambda p: 1 - float(other.probability[p].mean() / plain.probability[p].mean()), len(plain.tokens))
 
 
 def gain_lost(plain: Costs, other: Costs, base: Floats) -> Interval:

@@ -9,7 +9,7 @@ import numpy as np
 from harness.best_of_n_world import World
 from harness.report import as_table
 from harness.selection_simulation import Simulation
-from harness.strategy_costs import Costs, calibrated_loss, gain_lost, matched_ratio, token_ratio
+from harness.strategy_costs import Costs, calibrated_loss, gain_lost, matched_ratio, probability_loss, token_ratio
 
 BEST_OF: Final = 8
 NUM_TIMED: Final = 40
@@ -112,32 +112,35 @@ def measure_early_reject(world: World, plan: RejectPlan) -> dict[str, Any]:
         row: dict[str, Any] = {
             "token_ratio": token_ratio(plain.costs(), outcomes.costs()).to_json(),
             "reward_loss": calibrated_loss(plain.costs(), outcomes.costs()).to_json(),
+            "probability_loss": probability_loss(plain.costs(), outcomes.costs()).to_json(),
             "gain_lost": gain_lost(plain.costs(), outcomes.costs(), single).to_json(),
             "token_ratio_simulated": token_ratio(simulated_plain, simulated).to_json(),
             "reward_loss_simulated": calibrated_loss(simulated_plain, simulated).to_json(),
+            "probability_loss_simulated": probability_loss(simulated_plain, simulated).to_json(),
             "gain_lost_simulated": gain_lost(simulated_plain, simulated, single).to_json(),
             "wall_ratio": float(np.median(outcomes.wall_s) / np.median(plain.wall_s)),
         }
         measured.append({"selection": dict(selection), **row})
         rows.append([name, *(_shown(row[key]) for key in _REJECT_KEYS), f"{row['wall_ratio']:.2f}"])
     print(_table("candidates: keep at", columns) + "\n")
-    print(as_table(["candidates: keep at", *_REJECT_HEADINGS, "wall, 4 at a time"], rows))
+    print(as_table(["candidates: keep at", *_REJECT_HEADINGS, "wall, many at a time"], rows))
     return {
         "early_reject": measured,
         "early_reject_correlation": {str(at): correlation for at, correlation in world.pool.correlations().items()},
         "early_reject_token_ratio": measured[0]["token_ratio"][0],
         "early_reject_reward_loss": measured[0]["reward_loss"][0],
+        "early_reject_probability_loss": measured[0]["probability_loss"][0],
         "early_reject_wall_ratio": measured[0]["wall_ratio"],
     }
 
 
 _REJECT_KEYS = (
     *("token_ratio", "token_ratio_simulated", "reward_loss", "reward_loss_simulated"),
-    *("gain_lost", "gain_lost_simulated"),
+    *("gain_lost", "gain_lost_simulated", "probability_loss", "probability_loss_simulated"),
 )
 _REJECT_HEADINGS = (
     *("tokens", "simulated", "lower calibrated reward", "simulated"),
-    *("part of the raw gain lost", "simulated"),
+    *("part of the raw gain lost", "simulated", "lower probability", "simulated"),
 )
 
 

@@ -37,7 +37,7 @@ def check_theory(world: World, sizes: Sequence[int], num_requests: int, num_bins
     rows = []
     for n in sizes:
         if n <= MAX_BEST_OF:
-            outcomes = world.ask(num_requests, best_of=n, calibration=0)
+            outcomes = world.ask(num_requests, stream=n, best_of=n, calibration=0)
             size = world.pool.rewards.shape[1]
             histograms = [
                 rank_histogram(_ranks(world.pool.rewards[i], outcomes.reward[i]), size, num_bins)
