@@ -100,7 +100,7 @@ def test_best_of_poisson_has_the_printed_values() -> None:
         assert STANDARD.win_rate(tilt_at_kl(Identity(), policy.kl()).ranks) == pytest.approx(tilted, abs=5.1e-6)
 
 
-@pytest.mark.parametrize("mu", [0.0, 1e-5, 0.5, 3.0, 50.0])
+@pytest.mark.parametrize("mu", [0.0, 1e-5, 9e-4, 0.5, 3.0, 50.0])
 def test_best_of_poisson_is_the_mixture_over_n(mu: float) -> None:
     u = np.linspace(0, 1, 21)
     # Poisson(50) beyond 150 has less than 1e-27.
