@@ -38,7 +38,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Register a reward, or replace the one of that name; it is loaded first."""
-    body = {"name": name, "kind": kind, "target": target, "options": dict(_option(text) for text in option or [])}
+    body = {"name": name, "kind": kind, "target": target, "options": dict(parse_option(text) for text in option or [])}
     with AdminClient(url, admin_key) as client:
         added = client.post("rewards", body=body)
     if as_json:
@@ -97,7 +97,8 @@ def build_rewards_commands() -> typer.Typer:
     return group
 
 
-def _option(text: str) -> tuple[str, Any]:
+def parse_option(text: str) -> tuple[str, Any]:
+    """Name and value of an option: JSON where it can be read as such, else text. Raises `CommandError`."""
     key, separator, value = text.partition("=")
     if not key or not separator:
         raise CommandError(f"--option {text!r} is not KEY=VALUE")
