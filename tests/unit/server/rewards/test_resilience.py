@@ -101,6 +101,13 @@ async def test_a_reward_that_failed_for_good_is_not_tried_again() -> None:
     assert len(model.batches) == 1
 
 
+async def test_what_the_gateway_must_not_try_again_is_left_to_the_caller() -> None:
+    model = Lengths(RewardUnavailableError("ask again", is_retriable=False))
+    with pytest.raises(RewardUnavailableError, match="ask again"):
+        await BatchedReward(model).score(inputs("abc"))
+    assert len(model.batches) == 1
+
+
 async def test_the_pause_that_a_server_asks_for_is_kept() -> None:
     reward = BatchedReward(Lengths(away(retry_after_s=0.2)))
     started = time.monotonic()
