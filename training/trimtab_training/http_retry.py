@@ -15,7 +15,9 @@ from trimtab_adapters.contract.errors import (
     InvalidRequestError,
     NotFoundError,
     PermissionDeniedError,
+    RewardChangedError,
     RewardError,
+    RewardUnavailableError,
     TrimtabError,
 )
 from trimtab_training.interruption import Interruption
@@ -34,7 +36,12 @@ _BY_STATUS: Mapping[int, type[TrimtabError]] = {
     422: InvalidRequestError,
     503: EngineUnavailableError,
 }
-_BY_CODE: Mapping[str, type[TrimtabError]] = {"reward_failed": RewardError, "engine_died": EngineDiedError}
+_BY_CODE: Mapping[str, type[TrimtabError]] = {
+    "reward_failed": RewardError,
+    "reward_unavailable": RewardUnavailableError,
+    "reward_changed": RewardChangedError,
+    "engine_died": EngineDiedError,
+}
 
 
 class RetryingClient:
@@ -122,7 +129,7 @@ def error_of(response: httpx.Response) -> TrimtabError:
         message, code, param = response.text[:500] or response.reason_phrase, None, None
     kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(response.status_code, EngineError)
     what = f"{response.request.method} {response.request.url.path}: {message} (HTTP {response.status_code})"
-    if kind in (EngineUnavailableError, EngineDiedError):  # these say when to come back instead of what was wrong
+    if kind in (EngineUnavailableError, EngineDiedError, RewardUnavailableError):  # these say when to come back instead of what was wrong
         return kind(what)
     return kind(what, param=param, code=code)
 

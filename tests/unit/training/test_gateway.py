@@ -13,7 +13,9 @@ from trimtab_adapters.contract.errors import (
     InvalidRequestError,
     NotFoundError,
     PermissionDeniedError,
+    RewardChangedError,
     RewardError,
+    RewardUnavailableError,
     StorageError,
     TrimtabError,
 )
@@ -91,6 +93,8 @@ def test_a_failing_request_fails_the_call_and_stops_the_rest(gateway: Any) -> No
         (error(422), InvalidRequestError),
         (error(500), EngineError),
         (error(502, "reward_failed"), RewardError),
+        (error(503, "reward_unavailable"), RewardUnavailableError),
+        (error(503, "reward_changed"), RewardChangedError),
         (error(503, "engine_died"), EngineDiedError),
         (error(503), EngineUnavailableError),
         (httpx.Response(500, text="<html>"), EngineError),
@@ -116,6 +120,7 @@ def test_an_error_answer_is_the_exception_that_it_stands_for(
         error(429, Retry_After="0"),
         httpx.ConnectError("x"),
         error(503, "engine_died", Retry_After="0"),
+        error(503, "reward_unavailable", Retry_After="0"),
     ],
 )
 def test_a_busy_or_restarting_gateway_is_asked_again(gateway: Any, answer: Any) -> None:

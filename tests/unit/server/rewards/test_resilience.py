@@ -147,12 +147,16 @@ async def test_the_deadline_covers_all_attempts_and_pauses() -> None:
 
 async def test_a_hung_thread_is_not_joined_by_a_second_one() -> None:
     model = Stuck()
-    reward = BatchedReward(model, RewardLimits(timeout_s=0.05, max_retries=3, cache_size=0, breaker_threshold=100))
+    registry = CollectorRegistry()
+    limits = RewardLimits(timeout_s=0.05, max_retries=3, cache_size=0, breaker_threshold=100)
+    reward = BatchedReward(model, limits, RewardMetrics(registry))
     try:
         for _ in range(3):
             with pytest.raises(RewardUnavailableError, match="did not answer within"):
                 await reward.score(inputs("a"))
         assert model.num_calls == 1
+        # Waiting for the same thread again would be no other attempt.
+        assert registry.get_sample_value("trimtab:reward_attempts_total", {"reward": "stuck"}) == 3
     finally:
         model.gate.set()
     assert await reward.score(inputs("a")) == [0.0]  # It is used again as soon as it is free.
