@@ -182,6 +182,15 @@ async def test_an_open_breaker_answers_at_once_with_since_when_and_until_when() 
     assert breaker.retry_at == pytest.approx((breaker.opened_at or 0.0) + 100.0)
 
 
+async def test_an_open_breaker_answers_at_once_though_the_queue_is_held_up() -> None:
+    reward = BatchedReward(Lengths(away(retry_after_s=2.0)), RewardLimits(max_concurrency=1, breaker_threshold=1))
+    waiting = asyncio.create_task(reward.score(inputs("first")))
+    await asyncio.sleep(0.05)  # Its attempt has failed, and it pauses before the next one.
+    with pytest.raises(RewardUnavailableError, match="is not asked"):
+        await asyncio.wait_for(reward.score(inputs("second")), 0.5)
+    waiting.cancel()
+
+
 async def test_a_breaker_that_opens_between_attempts_ends_them() -> None:
     model = Lengths(*(away() for _ in range(9)))
     with pytest.raises(RewardUnavailableError, match="2 attempts in a row"):
