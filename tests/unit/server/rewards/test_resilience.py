@@ -360,6 +360,18 @@ async def test_known_scores_of_an_old_version_are_not_mixed_with_new_ones() -> N
     assert (scored.version, scored.scores) == ("new", [5.0, 4.0])
 
 
+async def test_pieces_of_one_call_that_are_of_two_versions_are_an_error() -> None:
+    class Upgraded(Lengths):
+        @override
+        async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+            scores = await super().score(inputs)
+            self.version = "2"  # Seen by another call between this piece and the next.
+            return scores
+
+    with pytest.raises(RewardChangedError, match="changed its version while outputs were scored"):
+        await BatchedReward(Upgraded(), RewardLimits(max_batch_size=1, max_concurrency=1)).score(inputs("a", "b"))
+
+
 async def test_a_version_that_never_stands_still_is_an_error() -> None:
     class Restless(Lengths):
         @override
