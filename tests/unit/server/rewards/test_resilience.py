@@ -226,6 +226,20 @@ async def test_only_one_batch_tries_a_reward_that_may_be_back() -> None:
     assert len(model.batches) == 2
 
 
+async def test_a_batch_of_several_callers_is_not_taken_apart_because_the_reward_is_away() -> None:
+    model = Lengths()
+    model.pause_s = 0.02
+    reward = BatchedReward(model, RewardLimits(max_retries=0, max_concurrency=1))
+    first = asyncio.create_task(reward.score(inputs("first")))
+    await asyncio.sleep(0.01)
+    calls = [asyncio.create_task(reward.score(inputs("x" * i))) for i in range(1, 4)]
+    await first
+    model.errors = [away()]
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error) for error in found] == [RewardUnavailableError] * 3
+    assert model.batches == [["first"], ["x", "xx", "xxx"]]
+
+
 async def test_bad_content_does_not_open_the_breaker() -> None:
     model = Lengths(*(RewardError("bad text") for _ in range(9)))
     reward = BatchedReward(model, RewardLimits(breaker_threshold=2))
