@@ -129,7 +129,8 @@ def error_of(response: httpx.Response) -> TrimtabError:
         message, code, param = response.text[:500] or response.reason_phrase, None, None
     kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(response.status_code, EngineError)
     what = f"{response.request.method} {response.request.url.path}: {message} (HTTP {response.status_code})"
-    if kind in (EngineUnavailableError, EngineDiedError, RewardUnavailableError):  # their second argument is a time
+    # These say when to come back instead of what was wrong.
+    if kind in (EngineUnavailableError, EngineDiedError, RewardUnavailableError):
         return kind(what)
     return kind(what, param=param, code=code)
 

@@ -182,6 +182,15 @@ async def test_an_open_breaker_answers_at_once_with_since_when_and_until_when() 
     assert breaker.retry_at == pytest.approx((breaker.opened_at or 0.0) + 100.0)
 
 
+async def test_an_open_breaker_answers_at_once_though_the_queue_is_held_up() -> None:
+    reward = BatchedReward(Lengths(away(retry_after_s=2.0)), RewardLimits(max_concurrency=1, breaker_threshold=1))
+    waiting = asyncio.create_task(reward.score(inputs("first")))
+    await asyncio.sleep(0.05)  # Its attempt has failed, and it pauses before the next one.
+    with pytest.raises(RewardUnavailableError, match="is not asked"):
+        await asyncio.wait_for(reward.score(inputs("second")), 0.5)
+    waiting.cancel()
+
+
 async def test_a_breaker_that_opens_between_attempts_ends_them() -> None:
     model = Lengths(*(away() for _ in range(9)))
     with pytest.raises(RewardUnavailableError, match="2 attempts in a row"):
@@ -215,6 +224,20 @@ async def test_only_one_batch_tries_a_reward_that_may_be_back() -> None:
     assert found[0] == [0.0]
     assert all("it is being tried again now" in str(error) for error in found[1:])
     assert len(model.batches) == 2
+
+
+async def test_a_batch_of_several_callers_is_not_taken_apart_because_the_reward_is_away() -> None:
+    model = Lengths()
+    model.pause_s = 0.02
+    reward = BatchedReward(model, RewardLimits(max_retries=0, max_concurrency=1))
+    first = asyncio.create_task(reward.score(inputs("first")))
+    await asyncio.sleep(0.01)
+    calls = [asyncio.create_task(reward.score(inputs("x" * i))) for i in range(1, 4)]
+    await first
+    model.errors = [away()]
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(error) for error in found] == [RewardUnavailableError] * 3
+    assert model.batches == [["first"], ["x", "xx", "xxx"]]
 
 
 async def test_bad_content_does_not_open_the_breaker() -> None:
@@ -349,6 +372,18 @@ async def test_known_scores_of_an_old_version_are_not_mixed_with_new_ones() -> N
     reward._cache.keep("old", {inputs("known")[0]: -1.0})
     scored = await reward.scored(inputs("known", "more"))
     assert (scored.version, scored.scores) == ("new", [5.0, 4.0])
+
+
+async def test_pieces_of_one_call_that_are_of_two_versions_are_an_error() -> None:
+    class Upgraded(Lengths):
+        @override
+        async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+            scores = await super().score(inputs)
+            self.version = "2"  # Seen by another call between this piece and the next.
+            return scores
+
+    with pytest.raises(RewardChangedError, match="changed its version while outputs were scored"):
+        await BatchedReward(Upgraded(), RewardLimits(max_batch_size=1, max_concurrency=1)).score(inputs("a", "b"))
 
 
 async def test_a_version_that_never_stands_still_is_an_error() -> None:
