@@ -12,7 +12,9 @@ from typing import Any, Literal, Protocol
 
 from trimtab_adapters.contract.calibration import leave_one_out
 from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
+from trimtab_adapters.contract.joint_calibration import joint_leave_one_out
 from trimtab_adapters.contract.reference_policy import ReferencePolicy
+from trimtab_adapters.contract.rewards import RewardChoice
 from trimtab_adapters.contract.uniformity import randomised_rank
 from trimtab_server.calibration.pooled_fit import MAX_ROLLOUTS, PooledFit, PromptRewards, fit_pooled
 from trimtab_server.calibration.reliability import HeldOut, Reliability, measure
@@ -22,7 +24,7 @@ from trimtab_server.decoding.reference import ReferenceCalibrators, score_logged
 from trimtab_server.decoding.reference_draw import BaseReferenceDraw
 from trimtab_server.decoding.rollouts import rollouts_of
 from trimtab_server.engine.base import Candidate, Endpoint, Engine
-from trimtab_server.rewards.resolved import AsyncReward, ResolvedReward
+from trimtab_server.rewards.resolved import ResolvedReward
 from trimtab_server.storage.base import LoggedSample, ResolvedModel, RolloutLog, StoredPooledCalibrator
 from trimtab_server.storage.calibrators import SqlPooledCalibratorStore
 from trimtab_server.storage.reference_samples import SqlSampleLog
@@ -67,7 +69,7 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
-    """Raw rewards of one prompt's samples."""
+    """Rewards of one prompt's samples."""
 
     prompt: str
     prompt_token_ids: tuple[int, ...]
@@ -77,7 +79,7 @@ class _Sampled:
 class Rewards(Protocol):
     """What is needed of the reward registry."""
 
-    async def batched(self, name: str) -> AsyncReward:
+    async def resolve(self, choice: RewardChoice) -> ResolvedReward:
         """Raises `NotFoundError` or `RewardError`."""
         ...
 
@@ -156,8 +158,12 @@ class CalibratorFitting:
         if self._busy.locked():
             raise ConflictError("A calibrator is being fitted; ask again when it is done.", code="calibration_busy")
         async with self._busy:
-            part = await self._rewards.batched(reward_name)
-            reward = ResolvedReward(part.name, part.version, (part,))
+            reward = await self._rewards.resolve(reward_name)
+            if method == "pooled" and reward.combine is not None:
+                raise InvalidRequestError(
+                    f"A pooled calibrator is for one reward, and {reward_name!r} is a mix. Fit the method 'reference'.",
+                    param="reward",
+                )
             policy = await self._policy(request)
             sampled = await self._draw_all(reward, policy, request)
             if request.from_log and method == "pooled":
@@ -226,7 +232,7 @@ class CalibratorFitting:
         )
         result = JobResult(job, [PromptResult([], references=draw.drawn)], completed_at=self._clock())
         await self._rollout_log.append(rollouts_of(result))
-        return _Sampled(text, tuple(ids), tuple(row[0] for row in scores.rows))
+        return _Sampled(text, tuple(ids), _rewards(reward, scores.rows))
 
     async def _from_log(
         self, reward: ResolvedReward, policy: ReferencePolicy, drawn: set[tuple[int, ...]]
@@ -246,6 +252,13 @@ class CalibratorFitting:
 
     async def _detokenize(self, token_ids: Sequence[int]) -> str:
         return str((await self._engine.post("/detokenize", {"tokens": list(token_ids)}))["prompt"])
+
+
+def _rewards(reward: ResolvedReward, rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """One number per rollout: of a mix the combined ranks, by which its rollouts are ranked at last."""
+    if reward.combine is None:
+        return tuple(row[0] for row in rows)
+    return tuple(joint_leave_one_out(rows, reward.combine, reward.weights)[0])
 
 
 def _fitted_reference(reward: str, policy: ReferencePolicy, sampled: Sequence[_Sampled]) -> Fitted:

@@ -16,6 +16,9 @@ from trimtab_server.storage.base import StoredPooledCalibrator
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.tables import calibrators, pooled_calibrators
 
+_MAX_READ = 64
+"""Pooled calibrators that are held in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class CalibratorGroup:
@@ -112,6 +115,7 @@ class SqlPooledCalibratorStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._read: dict[str, StoredPooledCalibrator] = {}
 
     async def get(self, calibrator_id: str) -> StoredPooledCalibrator | None:
         """By id."""
@@ -144,12 +148,21 @@ class SqlPooledCalibratorStore:
 
     async def _select(self, *where: Any) -> list[StoredPooledCalibrator]:
         columns = pooled_calibrators.c
-        statement = select(pooled_calibrators).where(*where).order_by(columns.created_at.desc(), columns.id.desc())
+        listed = select(columns.id).where(*where).order_by(columns.created_at.desc(), columns.id.desc())
 
-        def fetch(connection: Connection) -> list[StoredPooledCalibrator]:
-            return [_stored(row) for row in connection.execute(statement).mappings()]
+        def fetch(connection: Connection) -> tuple[list[str], list[StoredPooledCalibrator]]:
+            ids = list(connection.execute(listed).scalars())
+            # They never change, and reading one takes milliseconds.
+            unknown = [calibrator_id for calibrator_id in ids if calibrator_id not in self._read]
+            if not unknown:
+                return ids, []
+            rows = connection.execute(select(pooled_calibrators).where(columns.id.in_(unknown))).mappings()
+            return ids, [_stored(row) for row in rows]
 
-        return await self._database.read(fetch)
+        ids, read = await self._database.read(fetch)
+        found = self._read | {stored.id: stored for stored in read}
+        self._read = dict(list(found.items())[-_MAX_READ:])
+        return [found[calibrator_id] for calibrator_id in ids]
 
 
 def _stored(row: RowMapping) -> StoredPooledCalibrator:

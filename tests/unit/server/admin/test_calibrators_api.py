@@ -14,13 +14,14 @@ from fastapi import FastAPI
 
 from fake_gateway import MemoryCatalog, asgi_client, serving
 from trimtab_adapters.contract.errors import NotFoundError, RewardError
-from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_adapters.contract.rewards import RewardChoice, RewardInput
 from trimtab_server import cli
 from trimtab_server.api.admin.calibrators import Calibrators, build_calibrators_router
 from trimtab_server.calibration.fitting import CalibratorFitting
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.errors import install_error_handlers
+from trimtab_server.rewards.resolved import ResolvedReward
 from trimtab_server.storage.base import RolloutFilter
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
 from trimtab_server.storage.database import Database
@@ -55,6 +56,16 @@ class SumReward:
         return [float(sum((place + 1) * ord(c) for place, c in enumerate(item.output))) for item in inputs]
 
 
+class LengthReward:
+    """The length of the output without repeated characters."""
+
+    name = "variety"
+    version = "5"
+
+    async def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        return [float(len(set(item.output))) for item in inputs]
+
+
 @dataclass
 class Desk:
     """The API's client and handles on its parts."""
@@ -71,6 +82,12 @@ class Desk:
         if name not in self.rewards:
             raise NotFoundError(f"the reward {name!r} does not exist", param="reward", code="reward_not_found")
         return self.rewards[name]
+
+    async def resolve(self, choice: RewardChoice) -> ResolvedReward:
+        if choice == "mix":
+            return ResolvedReward("mix", "1", (self.reward, LengthReward()), "min", (0.5, 0.5))
+        reward = await self.batched(str(choice))
+        return ResolvedReward(reward.name, reward.version, (reward,))
 
     async def call(self, verb: str, path: str = "", expected: int = 200, **body: Any) -> Any:
         response = await self.client.request(verb, f"/admin/calibrators{path}", json=body or None)
@@ -178,6 +195,14 @@ async def test_calibrators_for_each_prompt_are_made_and_judged_one_rollout_left_
     assert (fitted["held_out"]["num_prompts"], fitted["held_out"]["num_rollouts"]) == (6, 30)
     (group,) = (await desk.call("GET"))["data"]
     assert (group["method"], group["num_prompts"], group["num_rollouts"]) == ("reference", 6, 30)
+
+
+async def test_a_mix_has_calibrators_for_each_prompt_and_no_pooled_one(desk: Desk) -> None:
+    fitted = await desk.fit(method="reference", reward="mix", prompts=PROMPTS[:3])
+    assert (fitted["reward"], fitted["num_rollouts"]) == ("sum@1, variety@5", 12)
+    # All rollouts of one prompt together have mean ½, so that the shares below and above ½ balance.
+    assert 0 < fitted["held_out"]["ks_distance_of_all"] < 0.5
+    assert "is a mix" in (await desk.refused(400, reward="mix"))["message"]
 
 
 async def test_chat_prompts_are_sampled_as_chats(desk: Desk) -> None:
