@@ -32,6 +32,8 @@ from trimtab_server.rewards.classifier import ClassifierReward
 
 _TEMPLATE = "{% for m in messages if m.content %}{{ m.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 """The base has none of its own. A chat of one message is its text."""
+_LONG_CONTEXT = ('--hf-overrides={"max_position_embeddings": 2048}', "--max-model-len=2048")
+"""TensorZero shows all candidates to its judge at once, which is more than the base was trained for."""
 _HARNESS = Path(__file__).parent / "harness"
 
 Started = Callable[[], "contextlib.AbstractContextManager[peers.Peer]"]
@@ -80,7 +82,9 @@ def _servers(options: argparse.Namespace, folder: Path, spec: RewardSpec) -> Ite
     template = folder / "template.jinja"
     template.write_text(_TEMPLATE)
     with (
-        services.engine(options.base, folder / "engine.log", f"--chat-template={template}", nice=10) as engine_url,
+        services.engine(
+            options.base, folder / "engine.log", f"--chat-template={template}", *_LONG_CONTEXT, nice=10
+        ) as engine_url,
         counting_proxy(engine_url) as proxy,
         services.gateway(proxy.url, folder / "gateway") as gateway_url,
         Completions(gateway_url) as gateway,
@@ -142,7 +146,8 @@ def _ask_all(
     for i, prompt in enumerate(prompts):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             proxy.take()
-            params = {"max_tokens": options.max_tokens, "temperature": 1.0, "seed": 1 + 128 * i}
+            # No seed: where it can be set at all, two of the peers give it to every candidate.
+            params = {"max_tokens": options.max_tokens, "temperature": 1.0}
             answer = systems[name].ask([{"role": "user", "content": prompt}], params)
             tallies[name].add(answer, proxy.take())
     return tallies

@@ -1,9 +1,9 @@
 """An HTTP proxy before an engine that keeps what was asked and answered. For JSON calls only, not for streams."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -87,11 +87,12 @@ class CountingProxy:
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 response = proxy.forward(self.command, self.path, body)
-                self.send_response(response.status_code)
-                self.send_header("Content-Type", response.headers.get("Content-Type", "application/json"))
-                self.send_header("Content-Length", str(len(response.content)))
-                self.end_headers()
-                self.wfile.write(response.content)
+                with contextlib.suppress(ConnectionError):  # the caller may have gone
+                    self.send_response(response.status_code)
+                    self.send_header("Content-Type", response.headers.get("Content-Type", "application/json"))
+                    self.send_header("Content-Length", str(len(response.content)))
+                    self.end_headers()
+                    self.wfile.write(response.content)
 
             @override
             def log_message(self, format: str, *args: Any) -> None:
@@ -116,7 +117,7 @@ def _object(content: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def counting_proxy(target: str) -> Iterator[CountingProxy]:
     """A proxy for as long as the block lasts."""
     proxy = CountingProxy(target)

@@ -8,6 +8,7 @@ Each line is a JSON object with `messages` and `params`; each answer a JSON line
 
 import asyncio
 import json
+import os
 import sys
 import time
 import urllib.request
@@ -41,6 +42,8 @@ class HttpReward(AbstractOutcomeRewardModel):
 
 
 async def main(endpoint: str, model: str, budget: str, score_url: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes to the log
     algorithm = BestOfN(HttpReward(score_url))
     models: dict[str, Any] = {}
     while line := await asyncio.to_thread(sys.stdin.readline):
@@ -64,7 +67,7 @@ async def main(endpoint: str, model: str, budget: str, score_url: str) -> None:
             }
         except Exception as exc:  # noqa: BLE001 - a peer's failure is a row of the table
             answer = {"error": f"{type(exc).__name__}: {exc}"[:300]}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Requirement:
 
 
 OPTILLM = Requirement("optillm", ("optillm==0.4.0", "torch==2.13.0+cpu"))
-ITS_HUB = Requirement("its_hub", ("its_hub==1.2.0",))
+ITS_HUB = Requirement("its_hub", ("its_hub[lm]==1.2.0",))
 TENSORZERO = Requirement("tensorzero", ("tensorzero==2026.6.0",))
 
 
