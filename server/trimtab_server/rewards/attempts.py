@@ -13,6 +13,7 @@ from trimtab_adapters.contract.errors import RewardChangedError, RewardError, Re
 from trimtab_adapters.contract.rewards import AsyncRewardModel, RewardInput, RewardModel, check_scores
 from trimtab_server.rewards.breaker import Breaker
 from trimtab_server.rewards.limits import RewardLimits
+from trimtab_server.rewards.worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class GuardedModel:
         self._limits = limits
         self._breaker = breaker
         self._observer = observer
-        self._thread = asyncio.Lock()
+        self._thread = WorkerThread(f"reward-{model.name}")
 
     async def score(self, inputs: Sequence[RewardInput]) -> Scored:
         """One finite number per input.
@@ -133,11 +134,7 @@ class GuardedModel:
             raise RewardError(f"the reward {name!r} raised {type(exc).__name__}") from exc
 
     async def _in_thread(self, model: AnyReward, inputs: Sequence[RewardInput]) -> list[float]:
-        await self._thread.acquire()
-        call = asyncio.get_running_loop().run_in_executor(None, _call, model, inputs)
-        # The lock goes with the thread, not with whoever waits for it.
-        call.add_done_callback(lambda _: self._thread.release())
-        outcome = await asyncio.shield(call)
+        outcome = await self._thread.run(lambda: _call(model, inputs))
         if isinstance(outcome, RewardError):
             raise outcome
         if isinstance(outcome, BaseException):
@@ -146,7 +143,7 @@ class GuardedModel:
 
 
 def _call(model: AnyReward, inputs: Sequence[RewardInput]) -> list[float] | BaseException:
-    """Run a model in a thread. What it raises is returned: StopIteration and SystemExit do not pass a future."""
+    """Run a model in its thread. What it raises is returned."""
     try:
         return list(model.score(inputs))  # type: ignore[arg-type]
     except (Exception, SystemExit) as exc:  # noqa: BLE001
