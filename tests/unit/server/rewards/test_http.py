@@ -1,5 +1,6 @@
 """Rewards from servers: what is asked, what is made of the answers, and what goes wrong."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -256,6 +257,23 @@ async def test_another_model_behind_the_address_is_seen_and_nothing_is_scored_wi
         await reward.score(INPUTS)
     assert reward.version != before
     assert await reward.score(INPUTS) == [0.3, 0.7]
+
+
+async def test_an_answer_that_was_under_way_when_another_model_was_seen_is_not_taken(
+    client: httpx.AsyncClient, vllm_server: ScriptedServer, vllm: VllmServer
+) -> None:
+    reward = await load(vllm_server.url, client, api="classify")
+    await reward.score(INPUTS)
+    answer = {"data": [vllm.classified(i, item.output) for i, item in enumerate(INPUTS)]}
+    vllm.override = Scripted(body=json.dumps(answer).encode(), pause_s=0.2)
+    under_way = asyncio.create_task(reward.score(INPUTS))
+    await asyncio.sleep(0.05)
+    vllm.cards[0]["root"] = "/models/b"
+    reward._checked_at = None
+    with pytest.raises(RewardChangedError):
+        await reward.score(INPUTS)
+    with pytest.raises(RewardChangedError):
+        await under_way
 
 
 async def test_after_a_failure_the_server_is_asked_again_who_it_is(
