@@ -130,7 +130,8 @@ def _world(options: argparse.Namespace) -> Iterator[World]:
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     prompts = openings(options.data, options.prompts)
     sampling = {"max_tokens": options.max_tokens, "temperature": 1.0}
-    checkpoints = {number for one in options.early_reject for number in one["checkpoints"]}
+    rejects = options.early_reject if "early_reject" in options.parts else []
+    checkpoints = {number for one in rejects for number in one["checkpoints"]}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "engine.log"
         with (
