@@ -9,10 +9,12 @@ from pydantic import ValidationError
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import Guidance
+from trimtab_server.api.calibration_field import CalibrationField
 from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.request_fields import GenerationBody
 from trimtab_server.api.selecting import check_selection, num_candidates_of, selection_of
 from trimtab_server.decoding.job import GenerationJob
+from trimtab_server.decoding.reference import DEFAULT_SIZE
 from trimtab_server.engine.base import Endpoint
 from trimtab_server.storage.base import ResolvedModel
 
@@ -28,6 +30,7 @@ def build_job(
     is_logging: bool,
     metadata: dict[str, Any],
     guidance: Guidance | None = None,
+    calibration_size: int = DEFAULT_SIZE,
 ) -> GenerationJob:
     """The job of a request. A route's own `best_of` and reward hold where the body does not say.
 
@@ -38,6 +41,7 @@ def build_job(
         is_logging: Whether rollouts are logged.
         metadata: For the rollouts.
         guidance: The resolved negative prompt.
+        calibration_size: Reference rollouts where the body does not say.
 
     Raises:
         InvalidRequestError: The fields do not go together, or not with the route.
@@ -74,9 +78,10 @@ def build_job(
         num_alternatives=num_alternatives,
         metadata=metadata,
     )
-    if body.calibration is not None:
-        choice = body.calibration.choice(is_steered=job.is_steered, num_candidates=num_candidates)
-        job = replace(job, calibration=choice)
+    choice = (body.calibration or CalibrationField()).choice(is_steered=job.is_steered, num_candidates=num_candidates)
+    if choice.effective_method == "reference" and choice.size is None:
+        choice = replace(choice, size=calibration_size)
+    job = replace(job, calibration=choice)
     _check_steering(job, body)
     if body.calibration is not None:
         choice = body.calibration.choice(is_steered=job.is_steered, num_candidates=num_candidates)

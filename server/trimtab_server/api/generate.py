@@ -51,6 +51,7 @@ async def generate(request: Request, model: type[B], endpoint: Endpoint, build_a
             is_logging=generator.is_logging,
             metadata=rollout_metadata(request, body),
             guidance=guidance,
+            calibration_size=parts.settings.calibration_size,
         )
         timer = RequestTimer(parts.metrics, job)
         serving = _Serving(request, parts, generator, job, body, timer)

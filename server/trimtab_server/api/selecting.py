@@ -91,7 +91,7 @@ def check_selection(job: GenerationJob) -> None:
     match selection:
         case Adaptive():
             try:
-                threshold_of(selection, job.num_candidates)
+                threshold_of(selection, job.num_candidates, job.num_rollouts)
             except ValueError as exc:
                 raise InvalidRequestError(f"Invalid 'selection': {exc}.", param="selection.target") from exc
         case EarlyReject(checkpoints=checkpoints):

@@ -125,6 +125,11 @@ class GenerationJob:
         """Whether rewards are to be calibrated."""
         return self.reward is not None and self.calibration.effective_method != "none"
 
+    @property
+    def num_rollouts(self) -> int | None:
+        """Reference rollouts of the prompt that calibrated rewards are estimated from; None where it is not so."""
+        return self.calibration.size if self.calibration.effective_method == "reference" else None
+
     def request(self, prompt_index: int, candidate_index: int) -> EngineRequest:
         """The engine's request for one candidate."""
         uid = f"{self.id}-{prompt_index}-{candidate_index}"

@@ -9,6 +9,7 @@ import pytest
 
 from fake_gateway import FakeGateway, asgi_client, build_gateway
 from selecting import STOPS, Known, SteppingEngine, all_candidates, answer, chosen_text, states
+from trimtab_adapters.infalign.estimated_threshold import estimated_threshold_for_win_rate
 from trimtab_server.engine import fake_model
 
 pytestmark = pytest.mark.anyio
@@ -163,15 +164,19 @@ async def test_candidates_that_are_too_long_are_stopped_and_not_awaited(
 async def test_a_price_and_a_target_become_thresholds(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
     gateway.scoring.rewards["pseudo"] = pseudo_reward
 
-    async def threshold(**goal: float) -> float:
+    async def threshold(size: int, **goal: float) -> float:
         selection = {"strategy": "adaptive", "wave": 1, **goal}
-        data = await answer(client, seed=1, best_of=20, reward="pseudo", selection=selection, **BODY)
+        body = {**BODY, "calibration": {"size": size}}
+        data = await answer(client, seed=1, best_of=20, reward="pseudo", selection=selection, **body)
         value: float = data["choices"][0]["selection"]["threshold"]
         return value
 
-    assert await threshold(price=0.02) == pytest.approx(1 - math.sqrt(0.04))
-    # Without a cap a threshold t wins (1 + t) / 2; with 20 draws t^20 is about 10^-3, which moves it by less than that.
-    assert await threshold(target=0.85) == pytest.approx(0.7, abs=2e-3)
+    # Of exact values 1 - sqrt(2 price), and 2 target - 1 but for the cap: 0.7^20 is below 10^-3. A thousand rollouts are
+    # as good to within one of them in a thousand, and the error of the order statistic.
+    assert await threshold(1024, price=0.02) == pytest.approx(1 - math.sqrt(0.04), abs=4e-3)
+    assert await threshold(1024, target=0.85) == pytest.approx(0.7, abs=4e-3)
+    # Few rollouts make up for their error by a higher threshold.
+    assert await threshold(16, target=0.85) == estimated_threshold_for_win_rate(0.85, 20, 1, 16) > 0.7
 
 
 async def test_adaptive_goes_on_until_there_are_as_many_good_candidates_as_choices(

@@ -33,7 +33,7 @@ class _Drawn:
 
 async def adaptive(run: PromptRun, params: Adaptive) -> PromptResult:
     """Draw until there are as many good candidates as choices, at most N; the best of all complete ones first."""
-    threshold = threshold_of(params, run.num_candidates)
+    threshold = threshold_of(params, run.num_candidates, run.job.num_rollouts)
     drawn, num_started = _Drawn(), 0
     while num_started < run.num_candidates and (missing := run.n - drawn.num_passing(threshold)) > 0:
         # At least as many as there must be choices: with fewer the answer would lack some even if all pass.
