@@ -62,7 +62,7 @@ def estimated_threshold_for_win_rate(win_rate: float, cap: int, wave: int, num_r
     if not reaches(num_rollouts):
         most = EstimatedThreshold(num_rollouts, num_rollouts, cap, wave).win_rate
         raise ValueError(
-            f"a win rate of {win_rate:g} is out of reach: {num_rollouts} reference rollouts and the cap allow {most:.4g}"
+            f"a win rate of {win_rate:g} is out of reach: {num_rollouts} reference rollouts and cap allow {most:.4g}"
         )
     return _first(reaches, num_rollouts) / num_rollouts
 

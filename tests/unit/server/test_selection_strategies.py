@@ -171,8 +171,8 @@ async def test_a_price_and_a_target_become_thresholds(client: httpx.AsyncClient,
         value: float = data["choices"][0]["selection"]["threshold"]
         return value
 
-    # Of exact values 1 - sqrt(2 price), and 2 target - 1 but for the cap: 0.7^20 is below 10^-3. A thousand rollouts are
-    # as good to within one of them in a thousand, and the error of the order statistic.
+    # Of exact values 1 - sqrt(2 price), and 2 target - 1 but for the cap: 0.7^20 is below 10^-3. A thousand rollouts
+    # are as good to within one of them in a thousand, and the error of the order statistic.
     assert await threshold(1024, price=0.02) == pytest.approx(1 - math.sqrt(0.04), abs=4e-3)
     assert await threshold(1024, target=0.85) == pytest.approx(0.7, abs=4e-3)
     # Few rollouts make up for their error by a higher threshold.

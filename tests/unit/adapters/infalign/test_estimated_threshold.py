@@ -78,7 +78,7 @@ def test_the_threshold_for_a_price_is_the_best_of_all(price: float) -> None:
 def test_what_cannot_be_reached_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="the cap allows"):
         estimated_threshold_for_win_rate(0.9, 4, 1, 64)
-    with pytest.raises(ValueError, match="2 reference rollouts and the cap allow"):
+    with pytest.raises(ValueError, match="2 reference rollouts and cap allow"):
         estimated_threshold_for_win_rate(0.94, 20, 1, 2)
     with pytest.raises(ValueError, match="0 to K"):
         EstimatedThreshold(5, 4, 8)
