@@ -85,7 +85,7 @@ def fit_pooled(groups: Sequence[PromptRewards], *, reference: str, reward: str, 
         InvalidRequestError: There is too little to fit and measure.
     """
     rng = np.random.default_rng(seed)
-    train, choose, test = _split(groups, rng)
+    train, choose, test = split_prompts(groups, rng)
     models: dict[str, Callable[[PromptFeatures, Sequence[PromptRewards]], _Lines]] = {
         "unconditional": _unconditional,
         "location_scale": _location_scale,
@@ -116,7 +116,7 @@ def fit_pooled(groups: Sequence[PromptRewards], *, reference: str, reward: str, 
     return PooledFit(calibrator, chosen, pinball, reliability)
 
 
-def _split(
+def split_prompts(
     groups: Sequence[PromptRewards], rng: np.random.Generator
 ) -> tuple[list[PromptRewards], list[PromptRewards], list[PromptRewards]]:
     """Three fifths to fit, one to choose, one to measure; prompts with few rollouts only to fit."""

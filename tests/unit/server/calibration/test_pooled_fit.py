@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -10,7 +11,7 @@ import pytest
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.pooled_calibration import PooledCalibrator
-from trimtab_server.calibration.pooled_fit import PooledFit, PromptRewards, fit_pooled
+from trimtab_server.calibration.pooled_fit import PooledFit, PromptRewards, fit_pooled, split_prompts
 from trimtab_server.calibration.reliability import HeldOut, measure, plot_reliability
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
@@ -96,6 +97,15 @@ def test_counts_are_those_of_the_fit_and_prompts_are_split_not_rollouts(shifted:
     assert shifted.reliability.num_rollouts == 240
     assert (shifted.calibrator.num_prompts, shifted.calibrator.num_rollouts) == (120, 960)
     assert len(shifted.reliability.values) == 30
+
+
+def test_no_prompt_takes_part_in_two_steps_and_those_with_few_rollouts_only_fit() -> None:
+    few = [replace(group, prompt=f"few {group.prompt}") for group in world(10, 2, location, seed=1)]
+    parts = split_prompts([*world(50, 3, location), *few], np.random.default_rng(0))
+    train, choose, test = [{group.prompt for group in part} for part in parts]
+    assert (len(train), len(choose), len(test)) == (30 + 10, 10, 10)
+    assert len(train | choose | test) == 60
+    assert {group.prompt for group in few} <= train
 
 
 def test_held_out_samples_are_uniform_as_told(shifted: PooledFit) -> None:
