@@ -107,7 +107,8 @@ def test_best_of_n_of_the_base_is_where_theory_has_it(bench: Bench, tmp_path: Pa
     """A reward without ties, 20 prompts of 16 samples: n / (n + 1) and log n - (n - 1) / n for n = 4.
 
     Against itself by the pool's own ranks, so exactly. Against another draw of the base with errors; four standard
-    errors are passed about once in 1,300 seeds (Student's t, 19 degrees of freedom), and this seed is always the same.
+    errors are passed about once in 1,300 seeds by each of the three, were rates of prompts normal (Student's t with 19
+    degrees of freedom); the seed and the fake engine are always the same.
     """
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}"}) + "\n" for i in range(20)))
