@@ -36,6 +36,7 @@ _LONG_CONTEXT = ('--hf-overrides={"max_position_embeddings": 2048}', "--max-mode
 """TensorZero shows all candidates to its judge at once, which is more than the base was trained for."""
 _HARNESS = Path(__file__).parent / "harness"
 
+_ALWAYS = ("one sample", "trimtab")
 Started = Callable[[], "contextlib.AbstractContextManager[peers.Peer]"]
 
 
@@ -107,6 +108,7 @@ def _start_all(
         )
 
     starts: dict[str, Started] = {
+        "one sample": lambda: peers.one_sample(gateway_url),
         "trimtab": lambda: peers.trimtab(gateway_url, num),
         "optillm": lambda: peers.optillm(peer_python(OPTILLM, options.venvs), proxy.url, num, folder),
         "its_hub": lambda: library("its_hub", ITS_HUB, str(num), score_url),
@@ -115,7 +117,7 @@ def _start_all(
     systems: dict[str, peers.Peer] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, start in starts.items():
-        if name == "trimtab" or name in options.peers:
+        if name in (*_ALWAYS, *options.peers):
             rows[name] = {}
             try:
                 systems[name] = stack.enter_context(start())

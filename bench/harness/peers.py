@@ -111,6 +111,12 @@ def trimtab(gateway_url: str, num: int) -> Iterator[Peer]:
 
 
 @contextlib.contextmanager
+def one_sample(gateway_url: str) -> Iterator[Peer]:
+    """A single candidate through the gateway: what a choice by chance would give."""
+    yield HttpPeer(gateway_url, {})
+
+
+@contextlib.contextmanager
 def optillm(python: Path, engine_url: str, num: int, folder: Path) -> Iterator[Peer]:
     """Its server with the approach `bon`; the model judges itself."""
     port = _free_port()
