@@ -93,7 +93,7 @@ def test_noise_alone_gets_no_cap() -> None:
 
 def test_pools_of_one_prompt_count_as_one_prompt() -> None:
     pools = turning_pools(30, 8)
-    twice = [*pools, *pools]
+    twice = [*pools, *(ScoredPool(p.prompt_key, p.proxy, p.gold) for p in pools)]
     once, again = fit(pools, 6), fit(twice, 6)
     assert again.num_prompts == 30
     assert (again.alpha, again.beta) == pytest.approx((once.alpha, once.beta))

@@ -60,3 +60,6 @@ async def test_a_cap_replaces_the_one_of_the_same_rewards_and_base_model(databas
     for other in others:
         await caps.put(other)
     assert await caps.list() == [*reversed(others), newer]
+    again = newer.model_copy(update={"created_at": 6.0})
+    await caps.put(again)
+    assert await caps.list() == [again, *reversed(others)]
