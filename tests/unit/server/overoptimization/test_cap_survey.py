@@ -91,6 +91,15 @@ async def test_only_pools_that_reach_the_largest_n_are_scored() -> None:
     assert cap.left_out == {"of pools with fewer than 8 samples": 40}
 
 
+async def test_pools_of_one_prompt_are_not_added_up_to_a_larger_one() -> None:
+    # Two settings with 4 samples each: n reaches 4, not 8.
+    warm = {"temperature": 1.5, "max_tokens": 8}
+    rollouts = turning_rollouts(20, 4)
+    others = [one.model_copy(update={"id": f"w{one.id}", "sampling": warm}) for one in rollouts]
+    cap = await Bench([*rollouts, *others]).survey.measure("proxy", "gold")
+    assert (cap.num_prompts, len(cap.curve), cap.num_samples) == (20, 4, 160)
+
+
 async def test_equal_outputs_are_scored_once() -> None:
     rollouts = [rollout(f"{p}-{i}", p, output_text=f"{i % 2} {i % 2}") for p in range(20) for i in range(4)]
     bench = Bench(rollouts)
