@@ -17,7 +17,7 @@ from trimtab_adapters.contract.errors import (
 from trimtab_adapters.contract.rewards import RewardInput, RewardMix, RewardModel, RewardSpec
 from trimtab_server.rewards import registry as registry_module
 from trimtab_server.rewards.callable import ENTRY_POINT_GROUP
-from trimtab_server.rewards.registry import RewardRegistry
+from trimtab_server.rewards.registry import MemoryRewardSpecs, RewardRegistry
 
 pytestmark = pytest.mark.anyio
 
@@ -236,6 +236,17 @@ async def test_a_reward_whose_server_is_away_may_come_back_and_is_not_asked_by_e
     builder.error = None
     monkeypatch.setattr(registry_module, "_FAILURE_KEPT_S", 0.0)
     assert (await registry.resolve("a")).version == "1"
+
+
+async def test_a_registration_that_another_process_mended_is_used_at_once(builder: Builder) -> None:
+    specs = MemoryRewardSpecs([plain("a", "1")])
+    registry = RewardRegistry(specs, entry_points=no_entry_points, builders={"hf_classifier": builder})
+    builder.error = RewardError("no")
+    with pytest.raises(RewardError):
+        await registry.resolve("a")
+    builder.error = None
+    await specs.put(plain("a", "2"))
+    assert (await registry.resolve("a")).version == "2"
 
 
 async def test_a_reward_that_is_added_again_is_used_at_once_after_a_failure(

@@ -69,6 +69,10 @@ def test_words_are_compared_by_their_lemmas() -> None:
     assert found == [1.0, 1.0, 1.0, 1.0, 0.0]
 
 
+def test_the_case_of_a_lemma_does_not_matter() -> None:
+    assert keywords("Germans came", "german beer", keywords=["german"]) == [1.0, 1.0]
+
+
 def test_the_language_decides_on_lemmas() -> None:
     assert keywords("Die Häuser stehen leer", keywords=["Haus"], language="de") == [1.0]
     assert keywords("Die Häuser stehen leer", keywords=["Haus"], language="en") == [0.0]
