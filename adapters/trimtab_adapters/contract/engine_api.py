@@ -14,6 +14,7 @@ Completions themselves go through vLLM's own OpenAI routes; these carry what vLL
 Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 """
 
+import hashlib
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -120,8 +121,11 @@ class EngineStatus(_Message):
 
     @property
     def base_identity(self) -> str:
-        """What is known of the base behind its public name: where it was loaded from, and its vocabulary."""
-        return f"{self.model}#{self.vocabulary_sha256[:16]}"
+        """Hash of what is known of the base behind its public name: where it was loaded from, and its vocabulary.
+
+        A hash because callers see it, and paths of the engine's machine are no concern of theirs.
+        """
+        return hashlib.sha256(f"{self.model}\0{self.vocabulary_sha256}".encode()).hexdigest()[:16]
 
 
 class RetireReply(_Message):

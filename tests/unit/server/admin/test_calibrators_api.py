@@ -142,6 +142,12 @@ async def test_a_pooled_calibrator_is_fitted_from_fresh_samples_listed_shown_and
         "fresh",
     )
     assert (fitted["base_model"], fitted["endpoint"], fitted["request"]) == ("base", "completions", SETTINGS)
+    status = await desk.engine.status()
+    assert fitted["base_identity"] == status.base_identity
+    moved = status.model_copy(update={"model": "/elsewhere"})
+    changed = status.model_copy(update={"vocabulary_sha256": "1" * 64})
+    assert len({status.base_identity, moved.base_identity, changed.base_identity}) == 3
+    assert "elsewhere" not in moved.base_identity, "callers see it"
     held_out = fitted["held_out"]
     # 25 prompts of 4: a fifth chose, a fifth was held out, the rest fitted.
     assert (fitted["num_prompts"], fitted["num_rollouts"]) == (20, 80)
