@@ -66,6 +66,19 @@ def reference_logits(model: Path, texts: Sequence[str]) -> Any:
     return torch.stack(rows)
 
 
+async def until_refused(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except ConnectionRefusedError:
+            return
+        except ConnectionError:
+            continue
+        writer.close()
+        await asyncio.sleep(0.02)
+
+
 async def scores_of(registry: RewardRegistry, url: str, **options: Any) -> list[float]:
     await registry.add(RewardSpec(name="judge", kind="http", target=url, options=options))
     return await (await registry.batched("judge")).score(INPUTS)
@@ -141,5 +154,7 @@ async def test_a_server_that_is_killed_in_the_middle_of_a_request_is_an_error(
     os.killpg(group, signal.SIGKILL)
     with pytest.raises(RewardUnavailableError, match="broke its answer off"):
         await asyncio.wait_for(asked, 30)
+    # The group's processes end one after the other, and as long as one has the listening socket it takes connections.
+    await asyncio.wait_for(until_refused(url), 30)
     with pytest.raises(RewardUnavailableError, match="cannot be reached"):
         await reward.score(INPUTS)
