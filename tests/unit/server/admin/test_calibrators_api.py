@@ -273,7 +273,8 @@ async def test_a_second_fit_at_the_same_time_is_a_conflict(desk: Desk) -> None:
     first = asyncio.create_task(desk.fit())
     while not desk.engine.observed.requests:
         await asyncio.sleep(0.01)
-    assert (await desk.refused(409))["code"] == "calibration_busy"
+    async with asyncio.timeout(60):  # one that waits for the first would wait for ever
+        assert (await desk.refused(409))["code"] == "calibration_busy"
     desk.reward.gate.set()
     await first
 
