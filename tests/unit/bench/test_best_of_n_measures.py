@@ -61,10 +61,10 @@ def costs(calibrated: float, tokens: float, num_prompts: int = 4) -> Costs:
 
 def test_tokens_are_interpolated_where_the_sweep_reaches_the_same_reward() -> None:
     sweep = [costs(0.8, 200), costs(0.9, 400)]
-    found = match(costs(0.85, 500), [0.6, 0.7], sweep, np.arange(4))
+    found = match(costs(0.825, 500), [0.6, 0.7], sweep, np.arange(4))
     assert found is not None
-    assert found.setting == pytest.approx(0.65)
-    assert found.token_ratio == pytest.approx(300 / 500)
+    assert found.setting == pytest.approx(0.625)
+    assert found.token_ratio == pytest.approx(250 / 500)
 
 
 def test_a_sweep_that_does_not_reach_the_reward_gives_no_ratio() -> None:
