@@ -41,6 +41,7 @@ def grown(prompt: list[int], num_tokens: int, block: int, best_of: int, seed: in
 @pytest.fixture
 def gateway(gateway: FakeGateway) -> FakeGateway:
     gateway.scoring.rewards["pseudo"] = pseudo_reward
+    gateway.scoring.fixed = [0.5]
     return gateway
 
 
