@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def _train(data: Path, start: Path, recipe: Recipe, directory: Path) -> None:
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
     torch.manual_seed(recipe.seed)
+    torch.set_num_threads(1)  # the same weights whatever the machine, and no threads that wait for each other
     tokenizer = AutoTokenizer.from_pretrained(start)
     texts = list(_texts(data, tokenizer))
     model = LlamaForSequenceClassification.from_pretrained(
@@ -132,6 +134,8 @@ def _fit(model: Any, texts: list[Text], recipe: Recipe) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            if step % 100 == 0:
+                print(f"step {step} of {num_steps}, loss {loss.item():.3f}", file=sys.stderr, flush=True)
     model.eval()
 
 
