@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
             print(f"## {part}\n", flush=True)
             result |= _RUN[part](world, options)
             print(flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+            if options.json:  # after each part: a later one may take long
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
