@@ -1,4 +1,8 @@
-"""One engine request per candidate, all at the same time; if one fails, the others stop."""
+"""All candidates at the same time; if one fails, the others stop.
+
+Candidates that differ by their seeds alone share one request to the engine. Steered ones have a record each, so each is
+a request of its own.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -17,10 +21,27 @@ async def generate_all(engine: Engine, requests: Sequence[EngineRequest]) -> lis
     """
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(engine.generate(request)) for request in requests]
+            tasks = [group.create_task(_generate(engine, members)) for members in groups(requests)]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return [candidate for task in tasks for candidate in task.result()]
+
+
+def groups(requests: Sequence[EngineRequest]) -> list[list[EngineRequest]]:
+    """The requests in order, those together that the engine can answer as one."""
+    found: list[list[EngineRequest]] = []
+    for request in requests:
+        if found and request.is_next_of(found[-1][-1]):
+            found[-1].append(request)
+        else:
+            found.append([request])
+    return found
+
+
+async def _generate(engine: Engine, members: Sequence[EngineRequest]) -> list[Candidate]:
+    if len(members) == 1:
+        return [await engine.generate(members[0])]
+    return await engine.generate_group(members)
 
 
 class MergedStream(Generic[D]):

@@ -10,6 +10,7 @@ from trimtab_adapters.contract.records import RewardValue
 from trimtab_adapters.contract.rewards import RewardChoice
 from trimtab_server.decoding.abandoned_records import AbandonedRecords
 from trimtab_server.decoding.candidates import LeftOut, Scored
+from trimtab_server.decoding.fanout import generate_all
 from trimtab_server.decoding.job import GenerationJob
 from trimtab_server.decoding.reference_draw import BaseReferenceDraw
 from trimtab_server.decoding.running import RunningCandidate
@@ -204,6 +205,8 @@ class PromptRun:
 
     async def _generate(self, requests: Sequence[tuple[int, EngineRequest]]) -> list[Candidate]:
         self._untaken += [request for _, request in requests]
+        if not self.leaves_out:
+            return self._numbered(requests, await generate_all(self.engine, [request for _, request in requests]))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -212,9 +215,15 @@ class PromptRun:
                 ]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
+        return self._numbered(requests, [task.result() for task in tasks])
+
+    @staticmethod
+    def _numbered(
+        requests: Sequence[tuple[int, EngineRequest]], found: Sequence[Candidate | None]
+    ) -> list[Candidate]:
         candidates = []
-        for (index, _), task in zip(requests, tasks, strict=True):
-            if (candidate := task.result()) is not None:
+        for (index, _), candidate in zip(requests, found, strict=True):
+            if candidate is not None:
                 candidate.index = index
                 candidates.append(candidate)
         return candidates

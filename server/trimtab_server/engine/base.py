@@ -36,6 +36,15 @@ class EngineRequest:
     steering: SteeringParams | None
     request_id: str
 
+    def is_next_of(self, other: "EngineRequest") -> bool:
+        """Whether this is what comes after another in a group: nothing is steered, and only the seed is one larger."""
+        if self.steering is not None or other.steering is not None or self.endpoint != other.endpoint:
+            return False
+        if self.body.get("use_beam_search"):
+            return False
+        seed = other.body.get("seed")
+        return self.body == (other.body if seed is None else {**other.body, "seed": seed + 1})
+
 
 @dataclass(slots=True)
 class EngineDelta:
@@ -121,6 +130,13 @@ class Engine(Protocol):
             EngineUnavailableError: It could not be reached.
             EngineDiedError: It went away in the middle.
             SteeringError: Its steering failed.
+        """
+        ...
+
+    async def generate_group(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
+        """Candidates of one prompt that differ by their seeds alone, in order; see `EngineRequest.is_next_of`.
+
+        The same as `generate` for each of them, at the cost of one request. Raises as `generate`; all fail together.
         """
         ...
 

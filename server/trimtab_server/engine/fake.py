@@ -169,6 +169,10 @@ class FakeEngine:
                 builder.add(delta)
         return builder.candidate()
 
+    async def generate_group(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
+        """Generate them one beside the other."""
+        return list(await asyncio.gather(*(self.generate(request) for request in requests)))
+
     def stream(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
         """Generate one candidate token by token."""
         return self._checked(request)

@@ -120,41 +120,57 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> Candidate:
         """Generate one candidate. Cancelling the task closes the connection, on which vLLM aborts the request."""
+        (candidate,) = await self._generate(request, 1)
+        return candidate
+
+    async def generate_group(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
+        """Several candidates in one request: vLLM gives candidate i of `n` the seed + i."""
+        return await self._generate(requests[0], len(requests))
+
+    async def _generate(self, request: EngineRequest, num: int) -> list[Candidate]:
         started = time.perf_counter()
         async with self._slots:
             with self._translated():
                 response = await self._client.post(
                     self._url + _PATHS[request.endpoint],
-                    json=_payload(request, stream=False),
+                    json={**_payload(request, stream=False), "n": num},
                     headers={"X-Request-Id": request.request_id},
                     timeout=_GENERATE,
                 )
         if response.is_error:
             raise _refusal(response)
+        duration_s = time.perf_counter() - started
         with _well_formed():
             data = json.loads(response.content)
-            choice: dict[str, Any] = data["choices"][0]
-            # The chat route has these beside its choices; a candidate has only one place for them.
-            choice.update(
-                {key: data[key] for key in ("prompt_token_ids", "prompt_logprobs", "prompt_text") if data.get(key)}
-            )
-            token_ids, token_logprobs = _tokens(request, choice)
-            candidate = Candidate(
-                index=0,
-                choice=choice,
-                text=choice["text"] if request.endpoint == "completions" else choice["message"].get("content") or "",
-                prompt_token_ids=choice.get("prompt_token_ids") or [],
-                token_ids=token_ids,
-                token_logprobs=token_logprobs,
-                finish_reason=choice.get("finish_reason"),
-                usage=_usage(request, data["usage"]),
-                duration_s=time.perf_counter() - started,
-                steering=request.steering,
-                engine=self._name,
-            )
-        if request.steering is not None and _has_failed(token_ids, token_logprobs):
+            candidates = [
+                self._candidate(request, choice, _beside(data, num, choice), duration_s)
+                for choice in sorted(data["choices"], key=lambda choice: int(choice["index"]))
+            ]
+        if len(candidates) != num:
+            raise EngineError(f"the engine gave {len(candidates)} of {num} candidates")
+        if request.steering is not None and _has_failed(candidates[0].token_ids, candidates[0].token_logprobs):
             raise await self._steering_error(request.steering)
-        return candidate
+        return candidates
+
+    def _candidate(
+        self, request: EngineRequest, choice: dict[str, Any], beside: dict[str, Any], duration_s: float
+    ) -> Candidate:
+        # The chat route has the prompt's beside its choices; a candidate has only one place for them.
+        choice.update({key: value for key, value in beside.items() if key != "usage"})
+        token_ids, token_logprobs = _tokens(request, choice)
+        return Candidate(
+            index=0,
+            choice=choice,
+            text=choice["text"] if request.endpoint == "completions" else choice["message"].get("content") or "",
+            prompt_token_ids=choice.get("prompt_token_ids") or [],
+            token_ids=token_ids,
+            token_logprobs=token_logprobs,
+            finish_reason=choice.get("finish_reason"),
+            usage=_usage(request, beside["usage"]),
+            duration_s=duration_s,
+            steering=request.steering,
+            engine=self._name,
+        )
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
         """Generate one candidate piece by piece; the last delta has only `usage` and an empty `choice`."""
@@ -291,6 +307,19 @@ def _payload(request: EngineRequest, *, stream: bool) -> dict[str, Any]:
     if request.steering is not None:
         body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), **request.steering.to_xargs()}
     return body
+
+
+def _beside(data: dict[str, Any], num: int, choice: dict[str, Any]) -> dict[str, Any]:
+    """What an answer says beside its choices, of one of `num` of them: what concerns the prompt, and its own usage."""
+    names = ("prompt_token_ids", "prompt_logprobs", "prompt_text")
+    beside = {name: data[name] for name in names if data.get(name)}
+    usage: dict[str, Any] = data["usage"]
+    if num > 1:
+        # The engine's is the sum over all of them; reasoning tokens cannot be told apart and are left out.
+        num_output = len(choice.get("token_ids") or [])
+        usage = {**usage, "completion_tokens": num_output, "total_tokens": usage["prompt_tokens"] + num_output}
+        usage.pop("completion_tokens_details", None)
+    return {**beside, "usage": usage}
 
 
 def _delta(request: EngineRequest, text: str) -> EngineDelta:
