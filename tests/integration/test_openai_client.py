@@ -60,9 +60,11 @@ def test_a_route_and_the_same_steering_in_the_body_give_the_same_tokens(
     assert (base.usage.prompt_tokens, base.usage.completion_tokens) == (5, len(tokens(base.choices[0])))
 
 
-def test_eight_choices_are_eight_requests_with_seeds_in_a_row(client: OpenAI) -> None:
+@pytest.mark.parametrize("model", ["base", "adapter"])
+def test_eight_choices_are_eight_requests_with_seeds_in_a_row(client: OpenAI, model: str) -> None:
+    """Also where the eight are one request to the engine, as unsteered ones are."""
     fields: dict[str, Any] = {
-        "model": "adapter",
+        "model": model,
         "prompt": PROMPT,
         "max_tokens": 16,
         "temperature": 0.9,

@@ -218,9 +218,7 @@ class PromptRun:
         return self._numbered(requests, [task.result() for task in tasks])
 
     @staticmethod
-    def _numbered(
-        requests: Sequence[tuple[int, EngineRequest]], found: Sequence[Candidate | None]
-    ) -> list[Candidate]:
+    def _numbered(requests: Sequence[tuple[int, EngineRequest]], found: Sequence[Candidate | None]) -> list[Candidate]:
         candidates = []
         for (index, _), candidate in zip(requests, found, strict=True):
             if candidate is not None:

@@ -171,7 +171,12 @@ class FakeEngine:
 
     async def generate_group(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
         """Generate them one beside the other."""
-        return list(await asyncio.gather(*(self.generate(request) for request in requests)))
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.generate(request)) for request in requests]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     def stream(self, request: EngineRequest) -> AsyncIterator[EngineDelta]:
         """Generate one candidate token by token."""

@@ -78,14 +78,25 @@ def _generation(engine: FakeEngine, endpoint: Endpoint) -> Handler:
 
 
 async def _whole(engine: FakeEngine, request: EngineRequest) -> dict[str, Any]:
-    builder = CandidateBuilder(request, engine.name)
-    async for delta in engine.raw_stream(request):
-        builder.add(delta)
-    candidate = builder.candidate()
-    choice = {**candidate.choice, "index": 0}
-    answer = {**_head(request, "text_completion", "chat.completion"), "choices": [choice], "usage": candidate.usage}
+    """Choice i of `n` is what a request of its own with the seed + i would get, as in vLLM."""
+    choices, usage = [], {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for index in range(request.body.pop("n", 1)):
+        seed = request.body.get("seed")
+        body = request.body if seed is None else {**request.body, "seed": seed + index}
+        uid = request.request_id if index == 0 else f"{request.request_id}-{index}"
+        alone = EngineRequest(request.endpoint, body, request.steering, uid)
+        builder = CandidateBuilder(alone, engine.name)
+        async for delta in engine.raw_stream(alone):
+            builder.add(delta)
+        candidate = builder.candidate()
+        choices.append({**candidate.choice, "index": index})
+        usage["prompt_tokens"] = candidate.usage["prompt_tokens"]
+        usage["completion_tokens"] += candidate.usage["completion_tokens"]
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    answer = {**_head(request, "text_completion", "chat.completion"), "choices": choices, "usage": usage}
     if request.endpoint == "chat.completions":
-        answer["prompt_token_ids"] = choice.pop("prompt_token_ids")
+        for choice in choices:
+            answer["prompt_token_ids"] = choice.pop("prompt_token_ids")
     return answer
 
 

@@ -144,10 +144,10 @@ class VllmEngine:
             data = json.loads(response.content)
             candidates = [
                 self._candidate(request, choice, _beside(data, num, choice), duration_s)
-                for choice in sorted(data["choices"], key=lambda choice: int(choice["index"]))
+                for choice in sorted(data["choices"], key=lambda choice: int(choice.get("index", 0)))
             ]
         if len(candidates) != num:
-            raise EngineError(f"the engine gave {len(candidates)} of {num} candidates")
+            raise EngineError(f"the engine's answer has an unexpected form: {len(candidates)} of {num} candidates")
         if request.steering is not None and _has_failed(candidates[0].token_ids, candidates[0].token_logprobs):
             raise await self._steering_error(request.steering)
         return candidates

@@ -123,7 +123,8 @@ async def test_a_single_stop_string_becomes_a_list_and_ends_the_text(client: htt
 async def test_candidate_i_gets_seed_plus_i(client: httpx.AsyncClient, gateway: FakeGateway) -> None:
     await complete(client, prompt=["Hi", "Yo"], n=3, seed=2**63 - 2)
     # 2**63 - 1 is the largest seed; the next one wraps to the smallest
-    assert [request.body["seed"] for request in sent(gateway)] == [2**63 - 2, 2**63 - 1, -(2**63)] * 2
+    in_order = sorted(sent(gateway), key=lambda request: request.request_id)
+    assert [request.body["seed"] for request in in_order] == [2**63 - 2, 2**63 - 1, -(2**63)] * 2
 
 
 async def test_n_choices_equal_n_single_requests_with_seeds_counted_up(client: httpx.AsyncClient) -> None:

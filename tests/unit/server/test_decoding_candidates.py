@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from typing_extensions import override
@@ -8,7 +9,7 @@ from trimtab_adapters.contract.errors import EngineDiedError, SteeringError
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.decoding.candidates import Selection
-from trimtab_server.decoding.fanout import MergedStream, generate_all
+from trimtab_server.decoding.fanout import MergedStream, generate_all, groups
 from trimtab_server.decoding.job import PromptResult
 from trimtab_server.decoding.logprobs import checked_record, steering_logprobs
 from trimtab_server.decoding.usage import total_usage
@@ -68,6 +69,23 @@ async def test_the_first_error_stops_the_rest_and_is_raised_plain() -> None:
     with pytest.raises(EngineDiedError, match="gone"):
         await generate_all(fake, requests(3))
     assert fake.observed.running == 0
+
+
+async def test_candidates_that_differ_by_their_seeds_alone_share_a_request() -> None:
+    def made(number: int, **body: Any) -> EngineRequest:
+        return EngineRequest("completions", {"prompt": "Hi", **body}, None, f"r-{number}")
+
+    steering = SteeringParams(uid="u", adapters=[AdapterWeight(name="a", version="a" * 16, alpha=1.0)])
+    seeded = [made(i, seed=5 + i) for i in range(3)]
+    unseeded = [made(i) for i in range(3, 5)]
+    other = made(5, temperature=0.5)
+    beams = [made(i, use_beam_search=True) for i in (6, 7)]
+    steered = [EngineRequest("completions", {"prompt": "Hi"}, steering, f"r-{i}") for i in (8, 9)]
+    gap = [made(10, seed=1), made(11, seed=3)]
+    asked = [*seeded, *unseeded, other, *beams, *steered, *gap]
+    sizes = [len(members) for members in groups(asked)]
+    assert sizes == [3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [request for members in groups(asked) for request in members] == asked
 
 
 async def test_a_merged_stream_gives_all_deltas_of_all_requests_in_their_order() -> None:

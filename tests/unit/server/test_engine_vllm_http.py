@@ -119,6 +119,44 @@ async def test_echo_gives_only_the_generated_ids_and_logprobs(engine: VllmEngine
     assert (nothing.token_ids, nothing.usage["completion_tokens"]) == ([], 0)
 
 
+@pytest.mark.parametrize("endpoint", ["completions", "chat.completions"])
+async def test_a_group_is_one_request_and_equals_its_members_alone(
+    engine: VllmEngine, fake: FakeEngine, endpoint: Endpoint
+) -> None:
+    body = BODY if endpoint == "completions" else CHAT
+    members = [EngineRequest(endpoint, {**body, "seed": 7 + i}, None, f"r-{i}") for i in range(3)]
+    together = await engine.generate_group(members)
+    alone = [await engine.generate(member) for member in members]
+    for grouped, single in zip(together, alone, strict=True):
+        assert (grouped.text, grouped.token_ids, grouped.token_logprobs) == (
+            single.text,
+            single.token_ids,
+            single.token_logprobs,
+        )
+        assert (grouped.usage, grouped.prompt_token_ids) == (single.usage, single.prompt_token_ids)
+    assert len({candidate.text for candidate in together}) == 3
+
+
+async def test_a_group_that_lacks_a_member_is_an_error() -> None:
+    choice = {
+        "index": 0,
+        "text": "a",
+        "finish_reason": "stop",
+        "token_ids": [1],
+        "logprobs": {"token_logprobs": [-1.0]},
+    }
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    sent: list[dict[str, Any]] = []
+
+    def handler(received: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(received.content))
+        return httpx.Response(200, json={"choices": [choice], "usage": usage})
+
+    with pytest.raises(EngineError, match="1 of 2 candidates"):
+        await scripted(handler).generate_group([request(uid="r-0"), request(uid="r-1")])
+    assert [body["n"] for body in sent] == [2]
+
+
 async def test_the_hidden_token_of_max_tokens_zero_is_not_counted() -> None:
     # vLLM samples one token for `echo` with max_tokens 0, counts it and sends its id
     logprobs = {"tokens": ["H", "i"], "token_logprobs": [None, -1.0], "top_logprobs": [], "text_offset": [0, 1]}
