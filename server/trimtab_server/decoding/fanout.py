@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
+from trimtab_adapters.contract.errors import EngineRequestError
 from trimtab_server.engine.base import Candidate, Engine, EngineRequest
 
 D = TypeVar("D")
@@ -23,8 +24,13 @@ async def generate_all(engine: Engine, requests: Sequence[EngineRequest]) -> lis
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_generate(engine, members)) for members in groups(requests)]
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        raise _first(failures) from None
     return [candidate for task in tasks for candidate in task.result()]
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def groups(requests: Sequence[EngineRequest]) -> list[list[EngineRequest]]:
@@ -39,9 +45,17 @@ def groups(requests: Sequence[EngineRequest]) -> list[list[EngineRequest]]:
 
 
 async def _generate(engine: Engine, members: Sequence[EngineRequest]) -> list[Candidate]:
-    if len(members) == 1:
-        return [await engine.generate(members[0])]
-    return await engine.generate_group(members)
+    if len(members) > 1:
+        try:
+            return await engine.generate_group(members)
+        except EngineRequestError as exc:
+            if exc.engine_status != 400:
+                raise
+        # Perhaps it only minds that they are many, as where the model's own default is greedy; else each says why.
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(engine.generate(member)) for member in members]
+        return [task.result() for task in tasks]
+    return [await engine.generate(members[0])]
 
 
 class MergedStream(Generic[D]):

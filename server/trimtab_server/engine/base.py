@@ -17,6 +17,9 @@ from trimtab_adapters.contract.records import SteeringRecord
 
 Endpoint = Literal["completions", "chat.completions"]
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy to vLLM, which refuses more than one greedy choice of a request."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -40,7 +43,8 @@ class EngineRequest:
         """Whether this is what comes after another in a group: nothing is steered, and only the seed is one larger."""
         if self.steering is not None or other.steering is not None or self.endpoint != other.endpoint:
             return False
-        if self.body.get("use_beam_search"):
+        temperature = self.body.get("temperature")
+        if self.body.get("use_beam_search") or (temperature is not None and temperature < GREEDY_BELOW):
             return False
         seed = other.body.get("seed")
         return self.body == (other.body if seed is None else {**other.body, "seed": seed + 1})

@@ -1,11 +1,11 @@
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
 from typing_extensions import override
 
-from trimtab_adapters.contract.errors import EngineDiedError, SteeringError
+from trimtab_adapters.contract.errors import EngineDiedError, EngineRequestError, SteeringError
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.decoding.candidates import Selection
@@ -82,10 +82,26 @@ async def test_candidates_that_differ_by_their_seeds_alone_share_a_request() -> 
     beams = [made(i, use_beam_search=True) for i in (6, 7)]
     steered = [EngineRequest("completions", {"prompt": "Hi"}, steering, f"r-{i}") for i in (8, 9)]
     gap = [made(10, seed=1), made(11, seed=3)]
-    asked = [*seeded, *unseeded, other, *beams, *steered, *gap]
+    greedy = [made(i, temperature=0) for i in (12, 13)]  # vLLM refuses more than one greedy choice of a request
+    asked = [*seeded, *unseeded, other, *beams, *steered, *gap, *greedy]
     sizes = [len(members) for members in groups(asked)]
-    assert sizes == [3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert sizes == [3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert [request for members in groups(asked) for request in members] == asked
+
+
+class NoGroups(FakeEngine):
+    """Refuses groups, as vLLM does where the model's own default is greedy."""
+
+    @override
+    async def generate_group(self, requests: Sequence[EngineRequest]) -> list[Candidate]:
+        raise EngineRequestError("n must be 1 when using greedy sampling", engine_status=400)
+
+
+async def test_where_the_engine_minds_a_group_its_members_are_asked_for_alone() -> None:
+    found = await generate_all(NoGroups(), requests(3))
+    assert [candidate.text for candidate in found] == [(await FakeEngine().generate(r)).text for r in requests(3)]
+    with pytest.raises(EngineDiedError, match="gone"):
+        await generate_all(NoGroups(fault_for=lambda r: Fault(EngineDiedError("gone"))), requests(3))
 
 
 async def test_a_merged_stream_gives_all_deltas_of_all_requests_in_their_order() -> None:
