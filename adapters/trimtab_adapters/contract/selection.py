@@ -27,6 +27,7 @@ class SelectionStrategy(BaseModel):
         needs_calibration: Whether it reads calibrated values, which a raw reward cannot replace.
         has_own_cap: Whether N may be left out; `DEFAULT_CAP` then.
         max_choices: Most choices that it can give; None means N.
+        needs_more_than_choices: Whether N must be larger than the number of choices for it to mean anything.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -35,6 +36,7 @@ class SelectionStrategy(BaseModel):
     needs_calibration: ClassVar[bool] = False
     has_own_cap: ClassVar[bool] = False
     max_choices: ClassVar[int | None] = None
+    needs_more_than_choices: ClassVar[bool] = True
 
     return_candidates: bool = False
     """Return every candidate with its reward, beside the choices."""
@@ -49,6 +51,7 @@ class BestOfN(SelectionStrategy):
     """All N are generated; the best are chosen, by reward or else by mean log-probability."""
 
     needs_reward: ClassVar[bool] = False
+    needs_more_than_choices: ClassVar[bool] = False
 
     strategy: Literal["best_of_n"] = "best_of_n"
 

@@ -15,15 +15,18 @@ from trimtab_adapters.contract.selection import (
     SelectionStrategy,
 )
 from trimtab_server.api.request_fields import GenerationBody
-from trimtab_server.decoding.job import PIECE_FIELDS, GenerationJob
+from trimtab_server.decoding.job import CHAT_RENDERING, PIECE_FIELDS, GenerationJob
 from trimtab_server.decoding.strategies.threshold import threshold_of
 from trimtab_server.storage.base import ResolvedModel
 
 _HARMLESS_IN_PIECES = {
     *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
-    *("return_token_ids", "add_special_tokens"),
+    *("return_token_ids", "add_special_tokens", "stream_interval"),
 }
-_CHAT_RENDERING = {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
+
+
+_NOTHING = (None, False, 0, 0.0, {"type": "text"})
+"""Values with which a field asks for nothing; the last is `response_format`'s."""
 
 
 def num_candidates_of(body: GenerationBody, resolved: ResolvedModel) -> int:
@@ -114,12 +117,12 @@ def _check_given(
     selection: SelectionStrategy, body: GenerationBody, num_candidates: int, reward: RewardChoice | None
 ) -> None:
     name: Any = getattr(selection, "strategy", None)
-    if selection.needs_reward and reward is None and (body.reward is None and num_candidates <= body.n):
-        raise InvalidRequestError(
-            f"The strategy {name!r} needs a 'reward' and more candidates than choices: set 'best_of'.", param="best_of"
-        )
     if selection.needs_reward and reward is None:
         raise InvalidRequestError(f"The strategy {name!r} needs a 'reward'.", param="reward")
+    if selection.needs_more_than_choices and num_candidates <= body.n:
+        raise InvalidRequestError(
+            f"The strategy {name!r} needs more candidates than choices: set 'best_of' above {body.n}.", param="best_of"
+        )
     if selection.max_choices is not None and body.n > selection.max_choices:
         raise InvalidRequestError(f"The strategy {name!r} gives one choice; 'n' must be 1.", param="n")
     if selection.stream is not None and not body.stream:
@@ -147,8 +150,8 @@ def _check_pieces(job: GenerationJob, strategy: str) -> None:
     """Answers that are generated piece by piece cannot have what counts or parses over the whole answer."""
     if job.max_tokens is None:
         raise InvalidRequestError(f"The strategy {strategy!r} needs 'max_tokens'.", param="max_tokens")
-    known = PIECE_FIELDS | _HARMLESS_IN_PIECES | (_CHAT_RENDERING if job.endpoint == "chat.completions" else set())
-    unknown = sorted(name for name in job.body.keys() - known if job.body[name] not in (None, False, 0, 0.0))
+    known = PIECE_FIELDS | _HARMLESS_IN_PIECES | (CHAT_RENDERING if job.endpoint == "chat.completions" else set())
+    unknown = sorted(name for name in job.body.keys() - known if job.body[name] not in _NOTHING)
     if unknown:
         raise InvalidRequestError(
             f"'{unknown[0]}' does not go together with the strategy {strategy!r}, which generates answers in pieces.",

@@ -14,6 +14,9 @@ from trimtab_server.engine.base import Candidate, Engine, EngineRequest
 
 D = TypeVar("D")
 
+MAX_GROUP = 64
+"""Most candidates of one request to the engine: its answer comes whole, and it waits for as many slots."""
+
 
 async def generate_all(engine: Engine, requests: Sequence[EngineRequest]) -> list[Candidate]:
     """All candidates, in the order of the requests.
@@ -37,7 +40,7 @@ def groups(requests: Sequence[EngineRequest]) -> list[list[EngineRequest]]:
     """The requests in order, those together that the engine can answer as one."""
     found: list[list[EngineRequest]] = []
     for request in requests:
-        if found and request.is_next_of(found[-1][-1]):
+        if found and len(found[-1]) < MAX_GROUP and request.is_next_of(found[-1][-1]):
             found[-1].append(request)
         else:
             found.append([request])

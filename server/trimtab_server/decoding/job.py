@@ -24,6 +24,14 @@ PIECE_FIELDS = frozenset(
 )
 """Fields of the engine's body that mean the same for a continuation as for the whole answer."""
 
+CHAT_RENDERING = frozenset(
+    {
+        *("chat_template", "chat_template_kwargs", "add_special_tokens"),
+        *("add_generation_prompt", "continue_final_message"),
+    }
+)
+"""Fields of a chat's body that decide how its messages become token ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptInput:

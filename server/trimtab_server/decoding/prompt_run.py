@@ -11,18 +11,13 @@ from trimtab_adapters.contract.rewards import RewardChoice
 from trimtab_server.decoding.abandoned_records import AbandonedRecords
 from trimtab_server.decoding.candidates import LeftOut, Scored
 from trimtab_server.decoding.fanout import generate_all
-from trimtab_server.decoding.job import GenerationJob
+from trimtab_server.decoding.job import CHAT_RENDERING, GenerationJob
 from trimtab_server.decoding.reference_draw import BaseReferenceDraw
 from trimtab_server.decoding.running import RunningCandidate
 from trimtab_server.decoding.scoring import CalibrationChoice, PromptScorer, Scoring
 from trimtab_server.engine.base import Candidate, Engine, EngineRequest
 
 T = TypeVar("T")
-
-_CHAT_RENDERING = (
-    *("chat_template", "chat_template_kwargs", "add_special_tokens"),
-    *("add_generation_prompt", "continue_final_message"),
-)
 
 Detokenize = Callable[[Sequence[int]], Awaitable[str]]
 
@@ -88,11 +83,22 @@ class PromptRun:
         Raises:
             TrimtabError: The first error of any candidate, after stopping the others, unless it may be left out.
         """
-        return await self._generate([(index, self.job.request(self.index, index)) for index in indices])
+        return await self.generate_requests([(index, self.job.request(self.index, index)) for index in indices])
 
     async def generate_requests(self, requests: Sequence[tuple[int, EngineRequest]]) -> list[Candidate]:
         """The same for requests of a strategy's own making, each with the number of its candidate."""
-        return await self._generate(requests)
+        self._untaken += [request for _, request in requests]
+        if not self.leaves_out:
+            return _numbered(requests, await generate_all(self.engine, [request for _, request in requests]))
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._attempt(index, self.engine.generate(request)))
+                    for index, request in requests
+                ]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return _numbered(requests, [task.result() for task in tasks])
 
     def start(self, index: int) -> RunningCandidate:
         """Start a candidate that can be watched and stopped; `aclose` stops what still runs."""
@@ -105,10 +111,6 @@ class PromptRun:
     async def result(self, running: RunningCandidate) -> Candidate | None:
         """The finished candidate; None when it was stopped or is left out."""
         return await self._attempt(running.index, running.result())
-
-    async def stopped(self, running: RunningCandidate) -> Candidate:
-        """What there is of a stopped candidate."""
-        return await running.stopped()
 
     async def score(self, candidates: Sequence[Candidate]) -> list[Scored]:
         """Candidates with their rewards, in order, without those that are left out; rewards are None without a reward.
@@ -168,9 +170,25 @@ class PromptRun:
                 return list(fields["prompt"])
             question = {"prompt": fields["prompt"], "add_special_tokens": body.get("add_special_tokens", True)}
         else:
-            rendering = {name: body[name] for name in _CHAT_RENDERING if name in body}
+            rendering = {name: body[name] for name in CHAT_RENDERING if name in body}
             question = {"add_generation_prompt": True, **rendering, "messages": fields["messages"]}
         return list((await self.engine.post("/tokenize", question))["tokens"])
+
+    async def prompt_of_pieces(self) -> list[int]:
+        """The prompt's ids for an answer that is generated in pieces.
+
+        Raises:
+            InvalidRequestError: Prompt and answer do not fit; the engine would only see it at a late piece.
+        """
+        token_ids, max_model_len = await self.prompt_token_ids(), (await self.engine.status()).max_model_len
+        if len(token_ids) + (self.job.max_tokens or 0) > max_model_len:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
+                f"{len(token_ids)} tokens, and up to {self.job.max_tokens} are to be generated after it.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return token_ids
 
     async def prompt_text(self, prompt_token_ids: Sequence[int]) -> str:
         """The prompt as text, from its ids where the caller sent ids."""
@@ -203,29 +221,6 @@ class PromptRun:
         self._abandoned.forget(request for request in self._untaken if request.request_id not in uids)
         self._untaken = []
 
-    async def _generate(self, requests: Sequence[tuple[int, EngineRequest]]) -> list[Candidate]:
-        self._untaken += [request for _, request in requests]
-        if not self.leaves_out:
-            return self._numbered(requests, await generate_all(self.engine, [request for _, request in requests]))
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._attempt(index, self.engine.generate(request)))
-                    for index, request in requests
-                ]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return self._numbered(requests, [task.result() for task in tasks])
-
-    @staticmethod
-    def _numbered(requests: Sequence[tuple[int, EngineRequest]], found: Sequence[Candidate | None]) -> list[Candidate]:
-        candidates = []
-        for (index, _), candidate in zip(requests, found, strict=True):
-            if candidate is not None:
-                candidate.index = index
-                candidates.append(candidate)
-        return candidates
-
     async def _attempt(self, index: int, work: Awaitable[T]) -> T | None:
         try:
             return await work
@@ -247,3 +242,13 @@ class PromptRun:
                     draw_reference=self.draw,
                 )
             return self._scorers[key]
+
+
+def _numbered(requests: Sequence[tuple[int, EngineRequest]], found: Sequence[Candidate | None]) -> list[Candidate]:
+    """What was found, each with the number of its candidate."""
+    candidates = []
+    for (index, _), candidate in zip(requests, found, strict=True):
+        if candidate is not None:
+            candidate.index = index
+            candidates.append(candidate)
+    return candidates

@@ -5,7 +5,6 @@ Relies on vLLM 0.32's protocol: `/v1/completions` and `/v1/chat/completions` wit
 https://docs.vllm.ai/en/v0.32.0/serving/openai_compatible_server/
 """
 
-import asyncio
 import json
 import logging
 import time
@@ -36,6 +35,7 @@ from trimtab_adapters.contract.errors import (
 from trimtab_adapters.contract.params import SteeringParams, VersionId, is_failed_logprob
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.engine.base import Candidate, Endpoint, EngineDelta, EngineRequest
+from trimtab_server.engine.candidate_slots import CandidateSlots
 from trimtab_server.engine.record_fetcher import RecordFetcher
 from trimtab_server.engine.sharded_transport import ShardedTransport
 
@@ -96,7 +96,7 @@ class VllmEngine:
         self._url = url.rstrip("/")
         self._name = name
         self._client = client
-        self._slots = asyncio.Semaphore(max_concurrent)
+        self._slots = CandidateSlots(max_concurrent)
         self._retry_after_s = retry_after_s
         self._taker = RecordFetcher(self._take)
         self._reader = RecordFetcher(self._read)
@@ -129,7 +129,7 @@ class VllmEngine:
 
     async def _generate(self, request: EngineRequest, num: int) -> list[Candidate]:
         started = time.perf_counter()
-        async with self._slots:
+        async with self._slots.taken(num):
             with self._translated():
                 response = await self._client.post(
                     self._url + _PATHS[request.endpoint],
@@ -175,7 +175,7 @@ class VllmEngine:
     async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
         """Generate one candidate piece by piece; the last delta has only `usage` and an empty `choice`."""
         is_complete = has_failed = False
-        async with self._slots:
+        async with self._slots.taken(1):
             with self._translated():
                 async with self._client.stream(
                     "POST",

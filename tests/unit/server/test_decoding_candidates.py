@@ -9,7 +9,7 @@ from trimtab_adapters.contract.errors import EngineDiedError, EngineRequestError
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.decoding.candidates import Selection
-from trimtab_server.decoding.fanout import MergedStream, generate_all, groups
+from trimtab_server.decoding.fanout import MAX_GROUP, MergedStream, generate_all, groups
 from trimtab_server.decoding.job import PromptResult
 from trimtab_server.decoding.logprobs import checked_record, steering_logprobs
 from trimtab_server.decoding.usage import total_usage
@@ -87,6 +87,11 @@ async def test_candidates_that_differ_by_their_seeds_alone_share_a_request() -> 
     sizes = [len(members) for members in groups(asked)]
     assert sizes == [3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert [request for members in groups(asked) for request in members] == asked
+    assert [len(members) for members in groups([made(i) for i in range(2 * MAX_GROUP + 1)])] == [
+        MAX_GROUP,
+        MAX_GROUP,
+        1,
+    ]
 
 
 class NoGroups(FakeEngine):

@@ -165,6 +165,12 @@ async def test_chats_continue_from_the_ids_of_their_template(client: httpx.Async
     assert {request.endpoint for request in gateway.engine.observed.requests} == {"completions"}
 
 
+async def test_fields_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
+    extra = {"response_format": {"type": "text"}, "presence_penalty": 0.0, "stop": []}
+    body = {"best_of": 3, "reward": "pseudo", "max_tokens": 8, "selection": BLOCKWISE, **extra}
+    assert (await post(client, **body)).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("extra", "param"),
     [

@@ -95,7 +95,7 @@ class _Wave:
         """Wait for a candidate and its reward; None when it is left out."""
         candidate = await self._run.result(running)
         if candidate is None:
-            return (await self._run.stopped(running), None) if running.is_stopped else None
+            return (await running.stopped(), None) if running.is_stopped else None
         scored = await self._run.score([candidate])
         if not scored:
             return None

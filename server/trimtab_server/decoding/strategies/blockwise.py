@@ -18,7 +18,7 @@ Emit = Callable[[EngineDelta], Awaitable[None]]
 
 async def blockwise(run: PromptRun, params: Blockwise, emit: Emit | None = None) -> PromptResult:
     """One answer; `emit` gets it piece by piece."""
-    answer = GrowingAnswer(run, 0, await run.prompt_token_ids())
+    answer = GrowingAnswer(run, 0, await run.prompt_of_pieces())
     discarded_tokens = 0
     while answer.finish_reason is None:
         size = min(params.block_tokens, answer.max_new_tokens)

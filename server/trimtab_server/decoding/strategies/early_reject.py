@@ -24,7 +24,7 @@ def checkpoints_of(params: EarlyReject, max_tokens: int) -> list[int]:
 
 async def early_reject(run: PromptRun, params: EarlyReject) -> PromptResult:
     """The best of the candidates that were not stopped; those that were come last."""
-    prompt_token_ids = await run.prompt_token_ids()
+    prompt_token_ids = await run.prompt_of_pieces()
     answers = [GrowingAnswer(run, index, prompt_token_ids) for index in range(run.num_candidates)]
     max_tokens = answers[0].max_new_tokens
     checkpoints = checkpoints_of(params, max_tokens)
