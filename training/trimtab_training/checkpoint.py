@@ -1,7 +1,8 @@
-"""Checkpoints from which a run goes on bit for bit: adapter, optimiser, random state, pool and counters.
+"""Checkpoints from which a run goes on bit for bit: adapter, optimiser, random state, objective and counters.
 
-A checkpoint is a directory `step-00000500`: `adapter/` (an ordinary model directory), `optimiser.pt`, `pool.npz` and
-`state.json`. It is written under a temporary name, flushed and renamed, so a crash never leaves half of one.
+A checkpoint is a directory `step-00000500`: `adapter/` (an ordinary model directory), `optimiser.pt`, `objective.npz`
+and `state.json`, and `objective.safetensors` where the objective has weights of its own. It is written under a
+temporary name, flushed and renamed, so a crash never leaves half of one.
 """
 
 import json
@@ -16,15 +17,18 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from trimtab_adapters.contract.errors import ConflictError, IntegrityError, StorageError
 from trimtab_training.config import TrainConfig
-from trimtab_training.data_pool import DataPool
 from trimtab_training.durable_files import sync_directory, sync_tree
 from trimtab_training.learner import Learner
 from trimtab_training.models import Vocabulary, save_causal_lm
+from trimtab_training.objectives.objective import ObjectiveState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_TENSORS = "objective.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
 _MAY_CHANGE = (
     "output_dir",
@@ -47,13 +51,17 @@ class RunState:
 
     Attributes:
         next_round: Number of the next round of fresh rollouts; round n belongs to step n * interval.
-        reward_version: Version of the reward behind the pool; None before the first score.
+        reward_version: Version of the reward behind the rollouts; None before the first score.
         parent: Adapter version that the run started from, if any.
+        control_token_ids: As in `AdapterStart`.
+        fixed_prefix: As in `AdapterStart`.
     """
 
     next_round: int
     reward_version: str | None
     parent: str | None
+    control_token_ids: tuple[int, ...] = ()
+    fixed_prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,6 @@ class Checkpoint:
     path: Path
     step: int
     run: RunState
-    control_token_ids: tuple[int, ...]
-    fixed_prefix: tuple[int, ...]
 
     @property
     def adapter_path(self) -> Path:
@@ -108,16 +114,19 @@ def _write(path: Path, learner: Learner, run: RunState, config: TrainConfig, voc
     if learner.policy.device.type == "cuda":
         random_state["cuda"] = torch.cuda.get_rng_state(learner.policy.device)
     torch.save({"optimiser": learner.state(), "random": random_state}, path / "optimiser.pt")
-    np.savez(path / "pool.npz", allow_pickle=False, **learner.pool.arrays())
+    objective = learner.objective.state()
+    np.savez(path / "objective.npz", allow_pickle=False, **objective.arrays)
+    if objective.tensors:
+        save_file({name: t.detach().cpu().contiguous() for name, t in objective.tensors.items()}, path / _TENSORS)
     state = {
         "schema_version": SCHEMA_VERSION,
         "step": learner.step,
         "next_round": run.next_round,
         "reward_version": run.reward_version,
         "parent": run.parent,
-        "control_token_ids": learner.control_token_ids,
-        "fixed_prefix": learner.best_prefix[1:],
-        "pool_rng": learner.pool.rng_state(),
+        "control_token_ids": run.control_token_ids,
+        "fixed_prefix": run.fixed_prefix,
+        "objective": dict(objective.values),
         "config": config.model_dump(mode="json"),
     }
     (path / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -146,41 +155,38 @@ def open_checkpoint(path: Path, config: TrainConfig) -> Checkpoint:
     return Checkpoint(
         path=path,
         step=int(state["step"]),
-        run=RunState(int(state["next_round"]), state["reward_version"], state["parent"]),
-        control_token_ids=tuple(state["control_token_ids"]),
-        fixed_prefix=tuple(state["fixed_prefix"]),
+        run=RunState(
+            int(state["next_round"]),
+            state["reward_version"],
+            state["parent"],
+            tuple(state["control_token_ids"]),
+            tuple(state["fixed_prefix"]),
+        ),
     )
 
 
-def restore_pool(checkpoint: Checkpoint, num_bins: int) -> DataPool:
-    """The pool as it was.
-
-    Raises:
-        IntegrityError: It cannot be read.
-    """
-    try:
-        with (checkpoint.path / "pool.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return DataPool.restore(num_bins, dict(arrays), _read_state(checkpoint.path)["pool_rng"])
-    except (OSError, ValueError, KeyError, BadZipFile) as exc:
-        raise IntegrityError(f"the pool of {checkpoint.path} cannot be read: {exc}") from exc
-
-
 def restore_learner(checkpoint: Checkpoint, learner: Learner) -> None:
-    """Put optimiser, step and torch's random state back; adapter and pool must already be the checkpoint's.
+    """Put objective, optimiser, step and torch's random state back; the adapter must already be the checkpoint's.
 
     Raises:
         IntegrityError: They cannot be read.
     """
+    path = checkpoint.path
     try:
-        saved: dict[str, Any] = torch.load(
-            checkpoint.path / "optimiser.pt", map_location=learner.policy.device, weights_only=True
-        )
+        with (path / "objective.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            tensors = load_file(path / _TENSORS) if (path / _TENSORS).exists() else {}
+            values = _read_state(path)["objective"]
+            learner.objective.load_state(ObjectiveState(dict(arrays), values, tensors))
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile, SafetensorError) as exc:
+        raise IntegrityError(f"the objective of {path} cannot be read: {exc}") from exc
+    try:
+        saved: dict[str, Any] = torch.load(path / "optimiser.pt", map_location=learner.policy.device, weights_only=True)
         learner.load_state(saved["optimiser"], checkpoint.step)
         torch.set_rng_state(saved["random"]["cpu"].cpu())
         if "cuda" in saved["random"] and learner.policy.device.type == "cuda":
             torch.cuda.set_rng_state(saved["random"]["cuda"].cpu(), learner.policy.device)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError) as exc:
-        raise IntegrityError(f"the optimiser of {checkpoint.path} cannot be read: {exc}") from exc
+        raise IntegrityError(f"the optimiser of {path} cannot be read: {exc}") from exc
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -9,18 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import AdapterName, Alpha
+from trimtab_training.config_section import ConfigSection
+from trimtab_training.objective_config import BonbonConfig, ObjectiveConfig, QuarkConfig, RlooConfig, VbonConfig
+from trimtab_training.transform_config import TransformConfig
 
 UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class ConfigSection(BaseModel):
-    """A part of a configuration tree: frozen, and a key that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 _Tree = TypeVar("_Tree", bound=ConfigSection)
@@ -73,6 +70,8 @@ class RewardConfig(ConfigSection):
     """Whether the gateway scores, or the entry point of that name (group `trimtab.rewards`) in this process."""
     batch_size: int = Field(default=256, ge=1, le=4096)
     """Outputs per scoring call."""
+    transform: TransformConfig = TransformConfig()
+    """What the objective is given in place of the reward."""
 
 
 class PromptFile(ConfigSection):
@@ -121,7 +120,8 @@ class FreshConfig(ConfigSection):
     model: str | None = None
     """Model name to draw from through the gateway: the base model or a route; its steering is overridden."""
     interval: int = Field(default=500, ge=0)
-    """Steps between two rounds; 0 draws none, so the run learns from the log alone."""
+    """Steps between two rounds; 0 draws none, so the run learns from the log alone. Objectives that learn from the
+    newest round alone draw one whenever they have used up the last."""
     prompts_per_round: int | None = Field(default=None, ge=1)
     """Prompts per round; left out means every training prompt."""
     num_per_prompt: int = Field(default=1, ge=1, le=20)
@@ -143,17 +143,6 @@ class SamplingConfig(ConfigSection):
     """Texts that end an output; only the gateway can cut by text."""
     stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
     """Tokens that end an output, besides the base model's own end-of-text; they stay part of the output's ids."""
-
-
-class QuarkConfig(ConfigSection):
-    """Quark on the tailored policy (IPA's algorithm)."""
-
-    num_bins: int = Field(default=5, ge=2, le=64)
-    """Number of reward quantiles, each with a control token of its own."""
-    kl_coef: float = Field(default=0.05, ge=0)
-    """Weight of KL(tailored || base), exact over the vocabulary, in nats per token."""
-    entropy_coef: float = Field(default=0.06, ge=0)
-    """Weight of the entropy bonus of the tailored policy, in nats per token."""
 
 
 class OptimiserConfig(ConfigSection):
@@ -229,8 +218,8 @@ class TrainConfig(ConfigSection):
     """Rollouts drawn during training."""
     sampling: SamplingConfig = SamplingConfig()
     """How outputs are drawn."""
-    quark: QuarkConfig = QuarkConfig()
-    """The objective."""
+    objective: ObjectiveConfig = QuarkConfig()
+    """How the adapter learns."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """Learning rate and batch."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -245,6 +234,11 @@ class TrainConfig(ConfigSection):
     """CPU threads of torch; left out means torch's own choice. 1 is faster where an engine keeps the cores busy."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics."""
+
+    @property
+    def kl_coef(self) -> float:
+        """The objective's weight of KL(tailored || base); 0 where it has none."""
+        return 0.0 if isinstance(self.objective, BonbonConfig) else self.objective.kl_coef
 
     @model_validator(mode="after")
     def _gateway_where_needed(self) -> Self:
@@ -268,6 +262,23 @@ class TrainConfig(ConfigSection):
             raise ValueError("publish.require_improvement needs an evaluation: set evaluation.share above 0")
         if self.fresh.interval == 0 and not self.logged.enabled:
             raise ValueError("fresh.interval = 0 and logged.enabled = false leave nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        objective = self.objective
+        if isinstance(objective, QuarkConfig):
+            return self
+        if self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0:
+            raise ValueError(
+                f"objective.kind = {objective.kind!r} needs rollouts of the policy as it is: sampling.temperature = 1 "
+                "and sampling.top_p = 1"
+            )
+        if isinstance(objective, RlooConfig | VbonConfig) and self.fresh.num_per_prompt < 2:
+            raise ValueError(
+                f"objective.kind = {objective.kind!r} compares outputs for the same prompt: set fresh.num_per_prompt "
+                "to 2 or more"
+            )
         return self
 
 

@@ -21,12 +21,11 @@ class PoolItem:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolBatch:
-    """Rows of one batch, with the quantile of each; bin 0 is the best."""
+class PoolRow:
+    """An item as it was drawn, with its quantile at that time; bin 0 is the best."""
 
-    prompt_token_ids: list[tuple[int, ...]]
-    output_token_ids: list[tuple[int, ...]]
-    bins: list[int]
+    item: PoolItem
+    bin: int
 
 
 def quantile_bins(rewards: NDArray[np.float64], num_bins: int) -> NDArray[np.int64]:
@@ -97,7 +96,7 @@ class DataPool:
         self._bins = quantile_bins(self.rewards, self.num_bins)
         self._begin_pass()
 
-    def draw(self, batch_size: int) -> PoolBatch:
+    def draw(self, batch_size: int) -> list[PoolRow]:
         """The next rows of the current pass; a pass that ends inside a batch is followed by a new one.
 
         Raises:
@@ -112,11 +111,7 @@ class DataPool:
             taken = self._order[self._cursor : self._cursor + batch_size - len(chosen)]
             self._cursor += len(taken)
             chosen.extend(int(index) for index in taken)
-        return PoolBatch(
-            prompt_token_ids=[self._items[i].prompt_token_ids for i in chosen],
-            output_token_ids=[self._items[i].output_token_ids for i in chosen],
-            bins=[int(self._bins[i]) for i in chosen],
-        )
+        return [PoolRow(self._items[i], int(self._bins[i])) for i in chosen]
 
     def _begin_pass(self) -> None:
         self._order = self._rng.permutation(len(self._items))

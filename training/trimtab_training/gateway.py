@@ -21,12 +21,19 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice of an answer, as token ids."""
+    """One choice of an answer, as token ids.
+
+    Attributes:
+        steered_logprobs: Of each token, before temperature; None unless `steering_logprobs` was asked for.
+        base_logprobs: Likewise.
+    """
 
     text: str
     prompt_token_ids: list[int]
     token_ids: list[int]
     finish_reason: str | None
+    steered_logprobs: tuple[float, ...] | None = None
+    base_logprobs: tuple[float, ...] | None = None
 
 
 class ScoreReply(BaseModel):
@@ -180,6 +187,14 @@ class GatewayClient:
         """Retire a version: new requests can no longer name it."""
         self._admin("POST", f"/admin/adapters/{quote(name, safe='')}/versions/{version}/retire", {})
 
+    def route(self, name: str) -> dict[str, Any]:
+        """A route as `GET /admin/routes/{name}` tells it."""
+        path = f"/admin/routes/{quote(name, safe='')}"
+        answer = self._http.call("GET", path, headers=self._admin_headers, json=None).json()
+        if not isinstance(answer, dict):
+            raise EngineError(f"the gateway's answer about the route {name!r} is not an object")
+        return answer
+
     def activate(self, route: str, name: str, version: VersionId, alpha: float) -> None:
         """Point a route at a version."""
         body = {"adapter": name, "version": version, "alpha": alpha}
@@ -235,8 +250,18 @@ def _completions(answer: Any) -> list[Completion]:
                 prompt_token_ids=[int(token) for token in choice["prompt_token_ids"]],
                 token_ids=[int(token) for token in choice["token_ids"]],
                 finish_reason=choice.get("finish_reason"),
+                steered_logprobs=_logprobs(choice, "steered"),
+                base_logprobs=_logprobs(choice, "base"),
             )
             for choice in choices
         ]
-    except (KeyError, TypeError, ValueError) as exc:
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise EngineError(f"the gateway's completion lacks what training needs ({type(exc).__name__}: {exc})") from exc
+
+
+def _logprobs(choice: Mapping[str, Any], origin: str) -> tuple[float, ...] | None:
+    """One log-probability per token of the choice; None where they are not all there."""
+    values = (choice.get("steering_logprobs") or {}).get(origin)
+    if values is None or len(values) != len(choice["token_ids"]):
+        return None
+    return tuple(float(value) for value in values)

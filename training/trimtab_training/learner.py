@@ -1,44 +1,47 @@
-"""One optimiser step after another: Quark on batches of the pool."""
+"""One optimiser step after another on what an objective hands out."""
 
-import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trimtab_adapters.contract.errors import WeightsError
-from trimtab_training.config import OptimiserConfig, QuarkConfig
-from trimtab_training.data_pool import DataPool, PoolItem
-from trimtab_training.objectives.quark import QuarkInputs, quark_loss
+from trimtab_training.config import OptimiserConfig
+from trimtab_training.objectives.objective import LossSum, Objective, ScoredRollout
 from trimtab_training.policy import TailoredPolicy
-from trimtab_training.rollouts import Sample
-
-logger = logging.getLogger(__name__)
+from trimtab_training.processes import Processes, SingleProcess
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """Means over the tokens of one step; logarithms are natural.
+    """What one step reports; logarithms are natural.
 
     Attributes:
         loss: What was minimised.
-        nll: Negative log-likelihood per token under the tailored policy.
-        kl: KL(tailored || base) per token.
-        entropy: Entropy of the tailored policy per token.
-        grad_norm: Norm of the adapter's gradient before clipping.
+        figures: The objective's own, means over what its loss is a mean of: Quark's `nll`, `kl` and `entropy`.
+        grad_norm: Norm of the gradient before clipping.
         lr: Learning rate of the step.
-        num_tokens: Output tokens in the step.
+        num_units: What the loss is a mean over, tokens or outputs.
     """
 
     loss: float
-    nll: float
-    kl: float
-    entropy: float
+    figures: Mapping[str, float]
     grad_norm: float
     lr: float
-    num_tokens: int
+    num_units: int
+
+    def flat(self) -> dict[str, float]:
+        """All of them by name."""
+        return {
+            "loss": self.loss,
+            **self.figures,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "num_units": float(self.num_units),
+        }
 
 
 def learning_rate(config: OptimiserConfig, step: int, num_steps: int) -> float:
@@ -51,96 +54,92 @@ def learning_rate(config: OptimiserConfig, step: int, num_steps: int) -> float:
 
 
 class Learner:
-    """The trainable state of a run: adapter, optimiser, pool and number of steps taken.
+    """The trainable state of a run: adapter, objective, optimiser and number of steps taken.
+
+    A step's gradient is that of the mean over all units of its rows, however the rows are cut into micro-batches and
+    shared among processes.
 
     Args:
-        policy: Its adapter is trained; everything in the adapter has gradients.
-        pool: Drawn from; may grow between steps.
-        control_token_ids: One per quantile, best first.
-        fixed_prefix: What the adapter sees after the control token.
-        quark: Coefficients.
+        policy: What has gradients in its adapter is trained; as it comes when nothing has been frozen.
+        objective: What is minimised.
         optimiser: Learning rate and batch sizes.
         num_steps: Steps of the whole run, for the decay of the learning rate.
+        processes: Those that take each step together.
     """
 
     def __init__(
         self,
         policy: TailoredPolicy,
-        pool: DataPool,
+        objective: Objective[Any],
         *,
-        control_token_ids: tuple[int, ...],
-        fixed_prefix: tuple[int, ...],
-        quark: QuarkConfig,
         optimiser: OptimiserConfig,
         num_steps: int,
+        processes: Processes | None = None,
     ) -> None:
-        if len(control_token_ids) != pool.num_bins:
-            raise ValueError(f"{len(control_token_ids)} control tokens for {pool.num_bins} quantiles")
         self.policy = policy
-        self.pool = pool
+        self.objective = objective
         self.step = 0
         self.num_steps = num_steps
-        self.control_token_ids = control_token_ids
-        self._prefixes = [(token, *fixed_prefix) for token in control_token_ids]
-        self._quark = quark
         self._config = optimiser
-        policy.adapter.requires_grad_(True)
-        self.optimiser = torch.optim.Adam(policy.adapter.parameters(), lr=optimiser.lr, eps=optimiser.eps)
+        self._processes = processes or SingleProcess()
+        self._parameters = [p for p in policy.adapter.parameters() if p.requires_grad] + list(objective.parameters())
+        self.optimiser = torch.optim.Adam(self._parameters, lr=optimiser.lr, eps=optimiser.eps)
 
-    @property
-    def best_prefix(self) -> tuple[int, ...]:
-        """What the adapter sees before a prompt when it is to be good: the best quantile's control token first."""
-        return self._prefixes[0]
+    def add_rollouts(self, rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
+        """Give scored rollouts to the objective; returns its figures and `num_unreadable`.
 
-    def add_rollouts(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
-        """Add scored rollouts to the pool and cut its quantiles anew.
-
-        What the models cannot read (`TailoredPolicy.can_read`) is left out.
+        What the models cannot read (`TailoredPolicy.can_read`) is left out and counted.
         """
-        items = [
-            PoolItem(sample.prompt_token_ids, sample.output_token_ids, reward)
-            for sample, reward in zip(samples, rewards, strict=True)
-            if self.policy.can_read(sample.prompt_token_ids, sample.output_token_ids, self.best_prefix)
-        ]
-        if len(items) < len(samples):
-            num_unusable = len(samples) - len(items)
-            logger.warning("%d of %d rollouts are empty, too long or hold unknown tokens", num_unusable, len(samples))
-        self.pool.add(items)
+        prefix = self.objective.prefix
+        readable = [r for r in rollouts if self.policy.can_read(r.prompt_token_ids, r.output_token_ids, prefix)]
+        figures = self.objective.add(readable, self.policy)
+        return {**figures, "num_unreadable": float(len(rollouts) - len(readable))}
 
     def train_step(self) -> StepMetrics:
-        """Take one optimiser step over `grad_accumulation` batches of the pool.
+        """Take one optimiser step over `batch_size * grad_accumulation` rows of the objective.
 
         Raises:
             WeightsError: The loss or its gradient is NaN or infinite; the step is not taken.
         """
-        adapter = self.policy.adapter
-        adapter.train()
+        self.policy.adapter.train()
         lr = learning_rate(self._config, self.step, self.num_steps)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
-        sums = torch.zeros(4, dtype=torch.float64)
-        num_tokens = 0
-        for _ in range(self._config.grad_accumulation):
-            batch = self.pool.draw(self._config.batch_size)
-            output = self.policy.forward(
-                batch.prompt_token_ids, batch.output_token_ids, [self._prefixes[b] for b in batch.bins]
-            )
-            result = quark_loss(
-                QuarkInputs(output.steered_logits, output.base_logits, output.output_token_ids, output.mask),
-                kl_coef=self._quark.kl_coef,
-                entropy_coef=self._quark.entropy_coef,
-            )
-            (result.loss / self._config.grad_accumulation).backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack((result.loss.detach(), result.nll, result.kl, result.entropy)).double().cpu()
-            num_tokens += int(output.mask.sum())
-        limit = self._config.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), limit if limit is not None else float("inf"))
-        loss, nll, kl, entropy = (sums / self._config.grad_accumulation).tolist()
-        _refuse_divergence(loss, float(grad_norm), self.step)
+        rows = self.objective.next_rows(self._config.batch_size * self._config.grad_accumulation)
+        loss, num_units, figures = self._add_up_gradients(rows)
+        grad_norm = self._clip()
+        _refuse_divergence(loss, grad_norm, self.step)
         self.optimiser.step()
         self.step += 1
-        return StepMetrics(loss, nll, kl, entropy, float(grad_norm), lr, num_tokens)
+        self.objective.after_step(figures)
+        return StepMetrics(loss, figures, grad_norm, lr, num_units)
+
+    def _add_up_gradients(self, rows: Sequence[Any]) -> tuple[float, int, dict[str, float]]:
+        """Leave the gradient of the mean loss in the parameters; returns loss, number of units and mean figures."""
+        mine = rows[self._processes.rank :: self._processes.num]
+        sums: Counter[str] = Counter()
+        for start in range(0, len(mine), self._config.batch_size):
+            part = self.objective.loss(self.policy, mine[start : start + self._config.batch_size])
+            part.total.backward()  # type: ignore[no-untyped-call]
+            _add(sums, part)
+        totals = self._processes.add_up(dict(sums))
+        num_units = totals.pop("num_units")
+        gradients = [self._gradient(parameter) for parameter in self._parameters]
+        self._processes.add_up_tensors(gradients)
+        for gradient in gradients:
+            gradient.div_(num_units)
+        loss = totals.pop("loss") / num_units
+        return loss, int(num_units), {name: total / num_units for name, total in totals.items()}
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if parameter.grad is None:  # a process without rows has none, but takes part in the sum
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    def _clip(self) -> float:
+        limit = self._config.max_grad_norm
+        return float(torch.nn.utils.clip_grad_norm_(self._parameters, limit if limit is not None else float("inf")))
 
     def state(self) -> dict[str, Any]:
         """Optimiser state for a checkpoint; the other parts are saved in formats of their own."""
@@ -150,6 +149,12 @@ class Learner:
         """Go on from `state` after `step` steps; the adapter's weights must already be those of that time."""
         self.optimiser.load_state_dict(state)
         self.step = step
+
+
+def _add(sums: Counter[str], part: LossSum) -> None:
+    total = float(part.total.detach())
+    for name, value in {"loss": total, "num_units": part.num_units, **part.figures}.items():
+        sums[name] += value  # type: ignore[assignment]
 
 
 def _refuse_divergence(loss: float, grad_norm: float, step: int) -> None:

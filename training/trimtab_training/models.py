@@ -52,9 +52,10 @@ class AdapterStart:
 
     Attributes:
         model: The adapter LM, with one embedding row per control token.
-        control_token_ids: One id per quantile, best first; all beyond the tokenizer's vocabulary.
-        fixed_prefix: What the adapter sees after the control token and before the prompt: the parent version's system
-            prompt, usually nothing.
+        control_token_ids: One id per quantile, best first; all beyond the tokenizer's vocabulary. None without
+            quantiles.
+        fixed_prefix: What the adapter sees after the control token, if there is one, and before the prompt: the parent
+            version's system prompt, usually nothing; without quantiles all that the parent version begins with.
         parent: The version that it continues; None for a plain model.
     """
 
@@ -115,9 +116,10 @@ def load_causal_lm(directory: Path, *, dtype: torch.dtype, device: str) -> Any:
 def load_adapter_start(
     directory: Path, vocabulary: Vocabulary, *, num_bins: int, seed: int, device: str
 ) -> AdapterStart:
-    """Load the adapter LM to train and see to its control tokens.
+    """Load the adapter LM to train and see to its control tokens, one for each of `num_bins` quantiles.
 
     The control tokens of a version that was trained with as many quantiles are used on; otherwise new rows are added.
+    Without quantiles (0) the adapter stays as it is, and so does what it sees before a prompt.
 
     Raises:
         AdapterError: It cannot be loaded.
@@ -134,6 +136,9 @@ def load_adapter_start(
         raise VocabularyError(
             f"{directory} has logits for {num_output_columns(model)} tokens, the tokenizer has {vocabulary.num_tokens}"
         )
+    if not num_bins:
+        prefix = tuple(manifest.prefix_token_ids) if manifest else ()
+        return AdapterStart(model, (), prefix, manifest.version_id if manifest else None)
     known = _known_control_tokens(manifest.training if manifest else {}, vocabulary.num_tokens)
     fixed = tuple(token for token in manifest.prefix_token_ids if token not in known) if manifest else ()
     if len(known) != num_bins:

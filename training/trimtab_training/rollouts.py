@@ -31,12 +31,19 @@ NO_OPERATORS: dict[str, Any] = {"schedule": None, "plausibility": None, "max_kl"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One output, with what a reward reads and what the models see."""
+    """One output, with what a reward reads and what the models see.
+
+    Attributes:
+        steered_logprobs: Of each output token under the policy that drew it, before temperature; None where unknown.
+        base_logprobs: Likewise under the base.
+    """
 
     prompt: str
     prompt_token_ids: tuple[int, ...]
     output: str
     output_token_ids: tuple[int, ...]
+    steered_logprobs: tuple[float, ...] | None = None
+    base_logprobs: tuple[float, ...] | None = None
 
     @property
     def reward_input(self) -> RewardInput:
@@ -93,6 +100,7 @@ class GatewaySource:
         model: Model name in the requests: the base model or a route. Its own steering is overridden in every request.
         sampling: How to sample.
         current_version: Publishes the policy as it is now for as long as the context lasts.
+        with_logprobs: Whether the engine's log-probabilities come with each sample.
     """
 
     def __init__(
@@ -102,8 +110,10 @@ class GatewaySource:
         model: str,
         sampling: SamplingConfig,
         current_version: Callable[[], AbstractContextManager[NamedVersion]],
+        with_logprobs: bool = False,
     ) -> None:
         self._gateway = gateway
+        self._with_logprobs = with_logprobs
         self._model = model
         self._sampling = sampling
         self._current_version = current_version
@@ -141,6 +151,7 @@ class GatewaySource:
             "top_p": sampling.top_p,
             "steering": steering,
         }
+        body |= {"steering_logprobs": True} if self._with_logprobs else {}
         body |= {"stop": list(sampling.stop)} if sampling.stop else {}
         body |= {"stop_token_ids": list(sampling.stop_token_ids)} if sampling.stop_token_ids else {}
         # The gateway gives candidate i of a request the seed + i, so requests are this far apart.
@@ -167,6 +178,8 @@ def _sample_of(prompt: Prompt, completion: Completion) -> Sample:
         prompt_token_ids=tuple(completion.prompt_token_ids),
         output=completion.text,
         output_token_ids=tuple(completion.token_ids),
+        steered_logprobs=completion.steered_logprobs,
+        base_logprobs=completion.base_logprobs,
     )
 
 

@@ -1,5 +1,6 @@
 """The parts of a training run, built from its configuration."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -7,22 +8,19 @@ from typing import Any
 
 import torch
 
-from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError
+from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     open_checkpoint,
     restore_learner,
-    restore_pool,
 )
 from trimtab_training.config import TrainConfig
-from trimtab_training.data_pool import DataPool
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
 from trimtab_training.models import (
-    CONTROL_TOKENS_KEY,
     AdapterStart,
     Vocabulary,
     end_token_ids,
@@ -30,10 +28,14 @@ from trimtab_training.models import (
     load_causal_lm,
     num_output_columns,
 )
+from trimtab_training.objective_config import QuarkConfig
+from trimtab_training.objectives.building import build_objective
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.publish import VersionInfo, temporary_version
 from trimtab_training.rewards import GatewayScorer, LocalScorer, Scorer
 from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, RolloutSource
+from trimtab_training.transform_config import TransformConfig
+from trimtab_training.transforms import fit_to_served
 
 _INTERMEDIATE_SUFFIX = ".training"
 
@@ -60,37 +62,35 @@ def find_checkpoint(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
 
 def build_learner(
     config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None
-) -> tuple[Learner, VersionId | None]:
-    """Load both models and put them together with the pool and the optimiser; also the parent version, if any.
+) -> tuple[Learner, AdapterStart]:
+    """Load both models and put them together with the objective and the optimiser; also what the adapter began as.
 
     Raises:
         AdapterError: A model cannot be loaded, or the two do not fit each other.
         IntegrityError: The checkpoint cannot be read.
     """
-    models, num_bins = config.models, config.quark.num_bins
+    models = config.models
+    num_bins = config.objective.num_bins if isinstance(config.objective, QuarkConfig) else 0
     if checkpoint is None:
         start = load_adapter_start(
             models.adapter, vocabulary, num_bins=num_bins, seed=config.seed, device=models.device
         )
-        pool = DataPool(num_bins, seed=config.seed)
     else:
         adapter = load_causal_lm(checkpoint.adapter_path, dtype=torch.float32, device=models.device)
-        start = AdapterStart(adapter, checkpoint.control_token_ids, checkpoint.fixed_prefix, checkpoint.run.parent)
-        pool = restore_pool(checkpoint, num_bins)
+        run = checkpoint.run
+        start = AdapterStart(adapter, run.control_token_ids, run.fixed_prefix, run.parent)
     base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
+    start.model.requires_grad_(True)
     learner = Learner(
         TailoredPolicy(base, start.model, alpha=models.alpha, num_known=num_known),
-        pool,
-        control_token_ids=start.control_token_ids,
-        fixed_prefix=start.fixed_prefix,
-        quark=config.quark,
+        build_objective(config.objective, start, seed=config.seed),
         optimiser=config.optimiser,
         num_steps=config.steps,
     )
     if checkpoint is not None:
         restore_learner(checkpoint, learner)
-    return learner, start.parent
+    return learner, start
 
 
 def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
@@ -117,7 +117,7 @@ def build_source(
     if config.fresh.source == "local":
         return LocalSource(
             learner.policy,
-            adapter_prefix=learner.best_prefix,
+            adapter_prefix=learner.objective.prefix,
             vocabulary=vocabulary,
             sampling=config.sampling,
             end_token_ids=end_token_ids(learner.policy.base),
@@ -132,8 +132,28 @@ def build_source(
         return temporary_version(connection, store, learner.policy.adapter, vocabulary, describe())
 
     return GatewaySource(
-        connection, model=config.fresh.model, sampling=config.sampling, current_version=current_version
+        connection,
+        model=config.fresh.model,
+        sampling=config.sampling,
+        current_version=current_version,
+        with_logprobs=learner.objective.is_on_policy,
     )
+
+
+def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> TransformConfig:
+    """The reward transform of the run; `served` is looked up: it fits the route that the run publishes to.
+
+    Raises:
+        TrimtabError: The gateway could not tell, other than that there is no such route yet.
+    """
+    transform = config.reward.transform
+    if transform.kind != "served":
+        return transform
+    best_of = 1
+    if gateway is not None and config.publish.route is not None:
+        with contextlib.suppress(NotFoundError):
+            best_of = int(gateway.route(config.publish.route).get("best_of") or 1)
+    return fit_to_served(transform, best_of=best_of)
 
 
 def intermediate_name(name: str) -> str:
@@ -148,26 +168,26 @@ def version_info(
     name: str,
     parent: VersionId | None,
     reward: str,
+    transform: TransformConfig,
     evaluation: dict[str, Any],
 ) -> VersionInfo:
     """The manifest's part that tells how the policy, as it is now, came about."""
     return VersionInfo(
         name=name,
         alpha=config.models.alpha,
-        prefix_token_ids=learner.best_prefix,
+        prefix_token_ids=learner.objective.prefix,
         reward=reward,
         evaluation=evaluation,
         training={
-            "objective": "quark",
+            **learner.objective.describe(),
+            "objective": config.objective.model_dump(mode="json"),
+            "reward_transform": transform.model_dump(mode="json", exclude_defaults=True),
             "base_model": str(config.models.base_model),
             "parent": parent,
-            CONTROL_TOKENS_KEY: list(learner.control_token_ids),
             "alpha": config.models.alpha,
             "step": learner.step,
             "num_steps": config.steps,
-            "pool_size": len(learner.pool),
             "seed": config.seed,
-            "quark": config.quark.model_dump(mode="json"),
             "optimiser": config.optimiser.model_dump(mode="json"),
             "sampling": config.sampling.model_dump(mode="json"),
         },

@@ -202,6 +202,8 @@ class FakeGateway:
             case ["admin", "adapters", _, "versions", version, "retire"]:
                 self.retired.append(version)
                 return httpx.Response(200, json={})
+            case ["admin", "routes", route] if route in self.routes:
+                return httpx.Response(200, json=self.routes[route])
             case ["admin", "routes", route, "activate"]:
                 self.routes[route] = body
                 return httpx.Response(200, json={})

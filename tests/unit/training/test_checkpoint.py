@@ -9,18 +9,21 @@ import torch
 from trimtab_adapters.contract.errors import ConflictError, IntegrityError
 from trimtab_training.checkpoint import RunState, latest_checkpoint, open_checkpoint, save_checkpoint
 from trimtab_training.config import TrainConfig
-from trimtab_training.data_pool import PoolItem
 from trimtab_training.learner import Learner
 from trimtab_training.models import Vocabulary
+from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.wiring import build_learner, checkpoints_of, find_checkpoint
 
-STATE = RunState(next_round=2, reward_version="9", parent=None)
+STATE = RunState(next_round=2, reward_version="9", parent=None, control_token_ids=(64, 65, 66, 67, 68), fixed_prefix=())
 
 
-def items(seed: int) -> list[PoolItem]:
+def items(seed: int) -> list[ScoredRollout]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 60, (30, 8), generator=generator).tolist()
-    return [PoolItem(tuple(row[: 1 + i % 4]), tuple(row[4 : 5 + i % 4]), float(row[0])) for i, row in enumerate(ids)]
+    return [
+        ScoredRollout(tuple(row[: 1 + i % 4]), tuple(row[4 : 5 + i % 4]), float(row[0]), group=i)
+        for i, row in enumerate(ids)
+    ]
 
 
 def save(config: TrainConfig, learner: Learner, vocabulary: Vocabulary, keep: int = 2) -> Path:
@@ -39,28 +42,28 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     with torch.random.fork_rng():
         torch.manual_seed(3)
         straight, _ = build_learner(config, vocabulary, None)
-        straight.pool.add(items(0))
+        straight.add_rollouts(items(0))
         metrics = [straight.train_step() for _ in range(5)]
         save(config, straight, vocabulary)
-        straight.pool.add(items(1))
+        straight.add_rollouts(items(1))
         metrics += [straight.train_step() for _ in range(5)]
 
         torch.manual_seed(99)  # whatever the new process' state is
         resumed, _ = build_learner(config, vocabulary, find_checkpoint(config, resume=True))
         assert resumed.step == 5
-        resumed.pool.add(items(1))
+        resumed.add_rollouts(items(1))
         assert [resumed.train_step() for _ in range(5)] == metrics[5:]
     pairs = zip(straight.policy.adapter.state_dict().items(), resumed.policy.adapter.state_dict().items(), strict=True)
     for (name, tensor), (other_name, other) in pairs:
         assert name == other_name
         assert torch.equal(tensor, other), name
-    assert resumed.best_prefix == straight.best_prefix == (64,)
+    assert resumed.objective.prefix == straight.objective.prefix == (64,)
 
 
 def test_only_the_newest_are_kept_and_the_newest_is_found(make_config: Any, vocabulary: Vocabulary) -> None:
     config = make_config()
     learner, _ = build_learner(config, vocabulary, None)
-    learner.pool.add(items(0))
+    learner.add_rollouts(items(0))
     for _ in range(4):
         learner.train_step()
         save(config, learner, vocabulary, keep=2)
@@ -69,13 +72,13 @@ def test_only_the_newest_are_kept_and_the_newest_is_found(make_config: Any, voca
     latest = latest_checkpoint(directory)
     assert latest is not None
     checkpoint = open_checkpoint(latest, config)
-    assert (checkpoint.step, checkpoint.run, checkpoint.control_token_ids) == (4, STATE, (64, 65, 66, 67, 68))
+    assert (checkpoint.step, checkpoint.run) == (4, STATE)
 
 
 def test_saving_a_step_again_replaces_it(make_config: Any, vocabulary: Vocabulary) -> None:
     config = make_config()
     learner, _ = build_learner(config, vocabulary, None)
-    learner.pool.add(items(0))
+    learner.add_rollouts(items(0))
     assert save(config, learner, vocabulary) == save(config, learner, vocabulary)
 
 
@@ -84,7 +87,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_alone(
 ) -> None:
     config = make_config()
     learner, _ = build_learner(config, vocabulary, None)
-    learner.pool.add(items(0))
+    learner.add_rollouts(items(0))
     good = save(config, learner, vocabulary)
     learner.train_step()
 
@@ -110,16 +113,16 @@ def test_another_configuration_is_refused_and_named(make_config: Any, vocabulary
         find_checkpoint(config, resume=False)
 
 
-@pytest.mark.parametrize("damage", ["state.json", "pool.npz", "optimiser.pt", "schema"])
+@pytest.mark.parametrize("damage", ["state.json", "objective.npz", "optimiser.pt", "schema"])
 def test_a_damaged_checkpoint_is_refused(make_config: Any, vocabulary: Vocabulary, damage: str) -> None:
     config = make_config()
     learner, _ = build_learner(config, vocabulary, None)
-    learner.pool.add(items(0))
+    learner.add_rollouts(items(0))
     learner.train_step()
     path = save(config, learner, vocabulary)
     if damage == "schema":
         state = json.loads((path / "state.json").read_text())
-        (path / "state.json").write_text(json.dumps({**state, "schema_version": 2}))
+        (path / "state.json").write_text(json.dumps({**state, "schema_version": 3}))
     else:
         content = (path / damage).read_bytes()
         (path / damage).write_bytes(content[: len(content) // 2])

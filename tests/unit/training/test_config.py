@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_training.config import GatewayConfig, LoggedConfig, PromptFile, TrainConfig, load_config, parse_config
+from trimtab_training.objective_config import QuarkConfig
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "out",
@@ -45,7 +46,7 @@ def changed(**sections: Any) -> dict[str, Any]:
 
 def test_defaults_are_quarks() -> None:
     config = parse_config(MINIMAL)
-    assert (config.quark.num_bins, config.quark.kl_coef, config.quark.entropy_coef) == (5, 0.05, 0.06)
+    assert config.objective == QuarkConfig(num_bins=5, kl_coef=0.05, entropy_coef=0.06)
     assert config.models.alpha == 1.0
     assert config.logged == LoggedConfig()
 
@@ -74,7 +75,7 @@ def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"quark": {"num_bin": 3}}, "quark.num_bin"),
+        ({"objective": {"num_bin": 3}}, "objective.quark.num_bin"),
         ({"setps": 3}, "setps"),
         ({"models": {"alpha": 0.0}}, "models"),
         ({"models": {"alpha": float("nan")}}, "models.alpha"),

@@ -58,16 +58,16 @@ def test_each_pass_draws_every_item_once(size: int, batch_size: int, seed: int) 
     drawn: list[int] = []
     while len(drawn) < 2 * size:
         batch = pool.draw(batch_size)
-        assert len(batch.output_token_ids) == len(batch.bins) == batch_size
-        drawn.extend(output[0] for output in batch.output_token_ids)
+        assert len(batch) == batch_size
+        drawn.extend(row.item.output_token_ids[0] for row in batch)
     assert sorted(drawn[:size]) == sorted(drawn[size : 2 * size]) == list(range(1, size + 1))
 
 
 def test_a_drawn_row_carries_its_items_bin() -> None:
     pool = DataPool(2, seed=0)
     pool.add(items([0.0, 1.0, 2.0, 3.0]))
-    batch = pool.draw(4)
-    assert dict(zip(batch.output_token_ids, batch.bins, strict=True)) == {(1,): 1, (2,): 1, (3,): 0, (4,): 0}
+    drawn = {row.item.output_token_ids: row.bin for row in pool.draw(4)}
+    assert drawn == {(1,): 1, (2,): 1, (3,): 0, (4,): 0}
 
 
 @given(size=st.integers(1, 30), num_draws=st.integers(0, 9))

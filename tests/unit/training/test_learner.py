@@ -1,20 +1,22 @@
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from trimtab_adapters.contract.errors import WeightsError
 from trimtab_training.config import OptimiserConfig
-from trimtab_training.data_pool import DataPool, PoolItem
 from trimtab_training.learner import Learner, learning_rate
 from trimtab_training.models import Vocabulary
+from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.wiring import build_learner
 
-ITEM = PoolItem((1, 2), (3, 4, 5), 1.0)
+ITEM = ScoredRollout((1, 2), (3, 4, 5), 1.0, group=0)
 
 
 def learner(make_config: Any, vocabulary: Vocabulary, **optimiser: Any) -> Learner:
     built, _ = build_learner(make_config(optimiser={"batch_size": 2, **optimiser}), vocabulary, None)
-    built.pool.add([ITEM])
+    built.add_rollouts([ITEM])
     return built
 
 
@@ -31,8 +33,8 @@ def test_accumulated_batches_count_as_their_mean(make_config: Any, vocabulary: V
     once = learner(make_config, vocabulary).train_step()
     thrice = learner(make_config, vocabulary, grad_accumulation=3).train_step()
     assert thrice.grad_norm == pytest.approx(once.grad_norm, rel=1e-5)
-    assert (thrice.loss, thrice.kl) == pytest.approx((once.loss, once.kl), rel=1e-5)
-    assert (once.num_tokens, thrice.num_tokens) == (6, 18)
+    assert (thrice.loss, thrice.figures["kl"]) == pytest.approx((once.loss, once.figures["kl"]), rel=1e-5)
+    assert (once.num_units, thrice.num_units) == (6, 18)
 
 
 def test_a_limit_on_the_gradient_is_applied_and_the_true_norm_reported(
@@ -56,10 +58,10 @@ def test_only_the_adapter_is_trained(make_config: Any, vocabulary: Vocabulary) -
 
 
 def test_each_quantile_is_trained_under_its_own_control_token(make_config: Any, vocabulary: Vocabulary) -> None:
-    config = make_config(quark={"num_bins": 2}, optimiser={"batch_size": 1})
+    config = make_config(objective={"num_bins": 2}, optimiser={"batch_size": 1})
     built, _ = build_learner(config, vocabulary, None)
-    good, bad = PoolItem((1,), (9,), 1.0), PoolItem((2,), (10,), 0.0)
-    built.pool.add([good, bad])
+    good, bad = ScoredRollout((1,), (9,), 1.0, group=0), ScoredRollout((2,), (10,), 0.0, group=1)
+    built.add_rollouts([good, bad])
     seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     forward = built.policy.forward
 
@@ -71,7 +73,7 @@ def test_each_quantile_is_trained_under_its_own_control_token(make_config: Any, 
     built.train_step()
     built.train_step()
     assert sorted(seen) == [((9,), (64,)), ((10,), (65,))]
-    assert built.best_prefix == (64,)
+    assert built.objective.prefix == (64,)
 
 
 def test_a_step_that_diverges_is_not_taken(make_config: Any, vocabulary: Vocabulary) -> None:
@@ -84,16 +86,53 @@ def test_a_step_that_diverges_is_not_taken(make_config: Any, vocabulary: Vocabul
     assert all(bool((tensor == before[name]).all()) for name, tensor in built.policy.adapter.state_dict().items())
 
 
-def test_a_pool_of_other_quantiles_is_refused(make_config: Any, vocabulary: Vocabulary) -> None:
-    built = learner(make_config, vocabulary)
-    config = make_config()
-    with pytest.raises(ValueError, match="2 control tokens for 5"):
-        Learner(
+class Share:
+    """One of two processes, run one after the other: what each adds up is kept, and the second sees the sums."""
+
+    num = 2
+
+    def __init__(self, rank: int, figures: dict[str, float], tensors: list[torch.Tensor]) -> None:
+        self.rank = rank
+        self._figures = figures
+        self._tensors = tensors
+
+    def add_up(self, figures: Mapping[str, float]) -> dict[str, float]:
+        for name, value in figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + value
+        return dict(self._figures)
+
+    def add_up_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        if self.rank == 0:
+            self._tensors.extend(tensor.clone() for tensor in tensors)
+        for mine, others in zip(tensors, self._tensors, strict=True):
+            if self.rank == 1:
+                mine.add_(others)
+
+    def from_first(self, value: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_two_processes_take_the_step_that_one_takes(make_config: Any, vocabulary: Vocabulary) -> None:
+    """The second process ends with the sum of both gradients; its step must be the single process's."""
+    rollouts = [ScoredRollout((1, 2), tuple(range(3, 5 + i)), float(i), group=i) for i in range(5)]
+    settings = {"batch_size": 2, "grad_accumulation": 3}
+    alone, _ = build_learner(make_config(optimiser=settings), vocabulary, None)
+    alone.add_rollouts(rollouts)
+    expected = alone.train_step()
+    figures: dict[str, float] = {}
+    tensors: list[torch.Tensor] = []
+    for rank in (0, 1):
+        config = make_config(optimiser=settings)
+        built, _ = build_learner(config, vocabulary, None)
+        shared = Learner(
             built.policy,
-            DataPool(5, seed=0),
-            control_token_ids=(64, 65),
-            fixed_prefix=(),
-            quark=config.quark,
+            built.objective,
             optimiser=config.optimiser,
-            num_steps=1,
+            num_steps=10,
+            processes=Share(rank, figures, tensors),
         )
+        shared.add_rollouts(rollouts)
+        metrics = shared.train_step()
+    assert metrics.num_units == expected.num_units
+    assert (metrics.loss, metrics.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-4)
+    assert metrics.figures == pytest.approx(dict(expected.figures), rel=1e-4)

@@ -46,7 +46,7 @@ def test_training_raises_the_share_of_a_token(
         prompts={"type": "file", "path": str(prompts)},
         fresh={"interval": 20, "num_per_prompt": 16},
         sampling={"max_tokens": 8},
-        quark={"kl_coef": 0.0, "entropy_coef": 0.0},
+        objective={"kl_coef": 0.0, "entropy_coef": 0.0},
         optimiser={"batch_size": 64, "lr": 2e-2, "decay": "none"},
         evaluation={"share": 0.25, "num_per_prompt": 16},
         steps=80,
@@ -67,13 +67,25 @@ def test_training_raises_the_share_of_a_token(
     assert manifest.training["control_token_ids"] == [16, 17, 18, 19, 20]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "objective": {"kind": "rloo"},
+            "fresh": {"num_per_prompt": 2},
+            "reward": {"transform": {"kind": "one_step", "n": 4, "num_reference": 3}},
+        },
+    ],
+    ids=["quark", "rloo-ctrl"],
+)
 def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
-    make_config: Any, lucky_scorer: Scorer, tmp_path: Path
+    make_config: Any, lucky_scorer: Scorer, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Stopped after 7 of 10 steps, between the rounds of steps 5 and 10; and again right after that."""
-    straight = make_config(output_dir=str(tmp_path / "straight"))
+    straight = make_config(output_dir=str(tmp_path / "straight"), **changes)
     expected = train(straight, scorer=lucky_scorer)
-    config = make_config()
+    config = make_config(**changes)
     for stop_at in (7, 9):
         interruption = Interruption()
 
@@ -206,7 +218,7 @@ def test_held_out_prompts_never_enter_the_pool(make_config: Any, gateway: Any) -
     split = json.loads((config.output_dir / "prompts.json").read_text())
     assert (len(split["train"]), len(split["held_out"])) == (15, 5)
     (checkpoint,) = (config.output_dir / "checkpoints").iterdir()
-    with np.load(checkpoint / "pool.npz") as pool:
+    with np.load(checkpoint / "objective.npz") as pool:
         seen = set(pool["prompt_ids"].tolist())
     assert seen == {token for prompt in split["train"] for token in prompt["token_ids"]}
 

@@ -138,7 +138,7 @@ def job_config(models: "DemoModels", *, steps: int) -> dict[str, Any]:
         "fresh": {"model": BASE_MODEL, "interval": max(1, steps // 3), "prompts_per_round": 256},
         "sampling": {"max_tokens": SAMPLING["max_tokens"], "stop": list(SAMPLING["stop"])},
         # Few quantiles and many small steps: the adapter LM must first learn what a control token means.
-        "quark": {"num_bins": 3, "kl_coef": 0.05, "entropy_coef": 0.0},
+        "objective": {"kind": "quark", "num_bins": 3, "kl_coef": 0.05, "entropy_coef": 0.0},
         "optimiser": {"lr": 3e-3, "batch_size": 16, "warmup_steps": 10, "max_grad_norm": 1.0},
         "checkpoint": {"every": 0},
         "evaluation": {"share": 0.1, "max_prompts": 40},

@@ -8,7 +8,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import SteeringRequest
-from trimtab_training.config import ConfigSection, GatewayConfig, SamplingConfig, check_tree
+from trimtab_training.config import GatewayConfig, SamplingConfig, check_tree
+from trimtab_training.config_section import ConfigSection
 from trimtab_training.evaluation.intervals import IntervalMethod
 from trimtab_training.evaluation.procedures import Chosen, Procedure, Served, parse_procedure
 

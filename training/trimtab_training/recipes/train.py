@@ -1,8 +1,8 @@
-"""Train an adapter LM by Quark on the tailored policy, from logged and fresh rollouts to a published version."""
+"""Train an adapter LM on the tailored policy, from logged and fresh rollouts to a published version."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,15 @@ from trimtab_training.config import PromptFile, TrainConfig
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.models import load_vocabulary
+from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
 from trimtab_training.publish import VersionInfo, register_version, write_version
 from trimtab_training.recipes.evaluate import evaluate
+from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
 from trimtab_training.rewards import Scorer, SingleVersionScorer
-from trimtab_training.rollouts import read_logged, score_logged
+from trimtab_training.rollouts import Sample, read_logged, score_logged
 from trimtab_training.tracking import Tracker
+from trimtab_training.transforms import RewardTransform, build_ctrl_transform
 from trimtab_training.wiring import (
     build_learner,
     build_scorer,
@@ -29,6 +32,7 @@ from trimtab_training.wiring import (
     cpu_threads,
     find_checkpoint,
     intermediate_name,
+    served_transform,
     version_info,
 )
 
@@ -118,7 +122,7 @@ class _Run:
         checkpoint = find_checkpoint(config, resume=resume)
         self.is_new = checkpoint is None
         self.vocabulary = load_vocabulary(config.models.base_model)
-        self.learner, self.parent = build_learner(config, self.vocabulary, checkpoint)
+        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint)
         self.next_round = checkpoint.run.next_round if checkpoint else 0
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
@@ -133,13 +137,15 @@ class _Run:
         )
         self.train_prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
+        self.transform_config = served_transform(config, gateway)
+        self.transform = RewardTransform(None, {})
 
     def execute(self, tracker: Tracker) -> TrainResult:
         """The recipe, top to bottom."""
         self._gather_prompts_and_log(tracker)
         try:
             self._draw_round_if_due(tracker)
-            if not len(self.learner.pool):
+            if not self.learner.objective.num_rollouts:
                 raise InvalidRequestError("there is nothing to learn from: no usable rollout in the log and none drawn")
             tracker.say("training")
             while self.learner.step < self.config.steps:
@@ -152,7 +158,7 @@ class _Run:
             self._save()
             evaluation = self._evaluate(tracker)
         except TrainingInterrupted:
-            if len(self.learner.pool):
+            if self.learner.objective.num_rollouts:
                 self._save()
             raise
         return self._publish(evaluation, tracker)
@@ -162,6 +168,7 @@ class _Run:
         split = self.config.output_dir / "prompts.json"
         if not self.is_new:
             self.train_prompts, self.held_out = load_split(split)
+            self._calibrate(tracker)
             return
         tracker.say("reading the log")
         logged = read_logged(self.gateway, self.config.logged) if self.gateway and self.config.logged.enabled else []
@@ -174,35 +181,86 @@ class _Run:
         if not self.train_prompts:
             raise InvalidRequestError("there are no prompts to train on: the log holds no usable rollout")
         save_split(split, self.train_prompts, self.held_out)
+        self._calibrate(tracker)
         held_out = {prompt.key for prompt in self.held_out}
-        pairs = [pair for pair in score_logged(logged, self.scorer, self.vocabulary) if pair[0].prompt not in held_out]
-        self.learner.add_rollouts([sample for sample, _ in pairs], [reward for _, reward in pairs])
-        logger.info("%d of %d logged rollouts entered the pool", len(self.learner.pool), len(logged))
+        pairs = [
+            (sample, reward)
+            for sample, reward in score_logged(logged, self.scorer, self.vocabulary)
+            if sample.prompt not in held_out and self.transform.knows(sample.prompt)
+        ]
+        if self.learner.objective.is_on_policy:
+            pairs = [(sample, reward) for sample, reward in pairs if sample.steered_logprobs is not None]
+        self._learn_from([sample for sample, _ in pairs], [reward for _, reward in pairs])
+        logger.info("%d of %d logged rollouts are learned from", self.learner.objective.num_rollouts, len(logged))
 
     def _draw_round_if_due(self, tracker: Tracker) -> None:
-        """Draw and score the round of this step, if it has one; only a complete round enters the pool.
+        """Draw and score the round of this step, if it has one; only a complete round is learned from.
 
-        Round 0, before the first step, comes from the base alone and is left out when the log has given enough.
+        Round 0 of an objective with a pool comes from the base alone and is left out when the log has given enough.
         """
-        config = self.config.fresh
-        if not config.interval or self.learner.step // config.interval < self.next_round:
+        config, objective = self.config.fresh, self.learner.objective
+        number = self.next_round if objective.is_on_policy else self.learner.step // max(1, config.interval)
+        if not (objective.wants_round if objective.is_on_policy else config.interval and number >= self.next_round):
             return
-        number = self.learner.step // config.interval
-        if number > 0 or len(self.learner.pool) < config.min_pool_size:
+        if objective.is_on_policy or number > 0 or objective.num_rollouts < config.min_pool_size:
             tracker.say("drawing rollouts")
             order = np.random.default_rng([self.config.seed, 1, number]).permutation(len(self.train_prompts))
             chosen = [self.train_prompts[int(i)] for i in order[: config.prompts_per_round or len(order)]]
             drawn = self.source.draw(
-                chosen, num_per_prompt=config.num_per_prompt, seed=self._draw_seed(number), steered=number > 0
+                chosen,
+                num_per_prompt=config.num_per_prompt,
+                seed=self._draw_seed(number),
+                steered=objective.is_on_policy or number > 0,
             )
             samples = [sample for group in drawn for sample in group]
             rewards = self.scorer.score([sample.reward_input for sample in samples]).rewards
-            self.learner.add_rollouts(samples, rewards)
-            figures = {"mean_reward": float(np.mean(rewards)), "pool_size": float(len(self.learner.pool))}
+            figures = {**self._learn_from(samples, rewards), "mean_reward": float(np.mean(rewards))}
+            if objective.wants_round:
+                raise InvalidRequestError("a round of rollouts gave nothing to learn from: none of them can be used")
             tracker.log(self.learner.step, {f"rollouts/{name}": value for name, value in figures.items()})
             self._tell("training", mean_rollout_reward=figures["mean_reward"])
             tracker.say("training")
         self.next_round = number + 1
+
+    def _learn_from(self, samples: Sequence[Sample], rewards: Sequence[float]) -> dict[str, float]:
+        """Give samples with their rewards, transformed, to the objective."""
+        values = self.transform([sample.prompt for sample in samples], rewards)
+        groups: dict[str, int] = {}
+        rollouts = [
+            ScoredRollout(
+                sample.prompt_token_ids,
+                sample.output_token_ids,
+                value,
+                groups.setdefault(sample.prompt, len(groups)),
+                sample.steered_logprobs,
+                sample.base_logprobs,
+            )
+            for sample, value in zip(samples, values, strict=True)
+        ]
+        figures = self.learner.add_rollouts(rollouts)
+        if figures["num_unreadable"]:
+            logger.warning(
+                "%d of %d rollouts are empty, too long or hold unknown tokens", figures["num_unreadable"], len(samples)
+            )
+        return figures
+
+    def _calibrate(self, tracker: Tracker) -> None:
+        """Make the transform of the reward; where it needs ranks, draw the base's rollouts or, resumed, read theirs."""
+        transform = build_ctrl_transform(self.transform_config, kl_coef=self.config.kl_coef)
+        if transform is None:
+            return
+        path = self.config.output_dir / "reference_rewards.json"
+        if self.is_new:
+            tracker.say("calibrating")
+            scores = draw_reference_scores(
+                self.source,
+                self.scorer,
+                self.train_prompts,
+                size=self.transform_config.num_reference,
+                seed=self._draw_seed(1 << 30),
+            )
+            save_reference_scores(path, scores)
+        self.transform = RewardTransform(transform, load_reference_scores(path, reward=self.scorer.name))
 
     def _draw_seed(self, number: int) -> int:
         """A seed of 31 bits that no other round or run shares but by chance."""
@@ -212,9 +270,10 @@ class _Run:
         metrics = self.learner.train_step()
         step = self.learner.step
         if step % self.config.log_every == 0 or step == self.config.steps:
-            tracker.log(step, {f"train/{name}": float(value) for name, value in asdict(metrics).items()})
-            tracker.advance({"loss": metrics.loss, "kl": metrics.kl})
-            self._tell("training", loss=metrics.loss, kl=metrics.kl)
+            tracker.log(step, {f"train/{name}": value for name, value in metrics.flat().items()})
+            kl = {"kl": metrics.figures["kl"]} if "kl" in metrics.figures else {}
+            tracker.advance({"loss": metrics.loss, **kl})
+            self._tell("training", loss=metrics.loss, **kl)
         else:
             tracker.advance()
 
@@ -225,7 +284,13 @@ class _Run:
         save_checkpoint(
             checkpoints_of(self.config),
             self.learner,
-            RunState(self.next_round, self.scorer.version, self.parent),
+            RunState(
+                self.next_round,
+                self.scorer.version,
+                self.start.parent,
+                self.start.control_token_ids,
+                self.start.fixed_prefix,
+            ),
             config=self.config,
             vocabulary=self.vocabulary,
             keep=self.config.checkpoint.keep,
@@ -241,7 +306,7 @@ class _Run:
             self.scorer,
             self.learner.policy,
             self.held_out,
-            adapter_prefix=self.learner.best_prefix,
+            adapter_prefix=self.learner.objective.prefix,
             config=self.config.evaluation,
             seed=self._draw_seed(1 << 31),
         )
@@ -255,7 +320,8 @@ class _Run:
             self.config,
             self.learner,
             name=name,
-            parent=self.parent,
+            parent=self.start.parent,
+            transform=self.transform_config,
             reward=f"{self.scorer.name}@{self.scorer.version}",
             evaluation=evaluation,
         )

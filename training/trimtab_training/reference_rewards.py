@@ -1,0 +1,61 @@
+"""Rewards of the base's own outputs for each training prompt: what calibrates a reward in training.
+
+They are drawn once, at the start of a run, and kept with it: a resumed run must give a reward the rank it had before.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimtab_adapters.contract.calibration import EmpiricalCalibrator
+from trimtab_adapters.contract.errors import IntegrityError
+from trimtab_training.prompts import Prompt
+from trimtab_training.rewards import Scorer
+from trimtab_training.rollouts import RolloutSource
+
+MOST_PER_DRAW = 16
+"""Outputs per prompt and draw; the gateway allows 20 choices of a request."""
+
+
+def draw_reference_scores(
+    source: RolloutSource, scorer: Scorer, prompts: Sequence[Prompt], *, size: int, seed: int
+) -> dict[str, list[float]]:
+    """Rewards of `size` outputs of the base for each prompt, by prompt text."""
+    scores: dict[str, list[float]] = {prompt.key: [] for prompt in prompts}
+    starts = range(0, size, MOST_PER_DRAW)
+    seeds = np.random.SeedSequence(seed).generate_state(len(starts)) >> 1
+    for start, draw_seed in zip(starts, seeds.tolist(), strict=True):
+        drawn = source.draw(prompts, num_per_prompt=min(MOST_PER_DRAW, size - start), seed=draw_seed, steered=False)
+        samples = [sample for group in drawn for sample in group]
+        rewards = iter(scorer.score([sample.reward_input for sample in samples]).rewards)
+        for prompt, group in zip(prompts, drawn, strict=True):
+            scores[prompt.key].extend(next(rewards) for _ in group)
+    return scores
+
+
+def save_reference_scores(path: Path, scores: Mapping[str, Sequence[float]]) -> None:
+    """Write the rewards of a run's reference rollouts."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(dict(scores), file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_reference_scores(path: Path, *, reward: str) -> dict[str, EmpiricalCalibrator]:
+    """Read what `save_reference_scores` wrote, as one calibrator per prompt.
+
+    Raises:
+        IntegrityError: It cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            prompt: EmpiricalCalibrator.fit(scores, reference="base", reward=reward) for prompt, scores in found.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError) as exc:
+        raise IntegrityError(f"the reference rewards of the run in {path} cannot be read: {exc}") from exc
