@@ -197,7 +197,7 @@ def test_the_whole_loop_runs_through_a_gateway(make_config: Any, gateway: Any) -
     assert steered == [True] * 4 + [False] * 10 + [True] * 10
     assert result.evaluation["num_prompts"] == 10
     assert list((config.output_dir / "intermediate").iterdir()) == []
-    assert progress[-1] == {"phase": "evaluating", "step": 10, "num_steps": 10}
+    assert progress[-1] == {"phase": "publishing", "step": 10, "num_steps": 10}
     json.dumps(progress)
 
 
