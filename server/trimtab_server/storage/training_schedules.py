@@ -100,10 +100,15 @@ class TrainingSchedules:
             "updated_at": now,
             "last_look": {},
         }
-        insert = self._database.insert(training_schedules).values(row).on_conflict_do_nothing(index_elements=["name"])
+        insert = (
+            self._database.insert(training_schedules)
+            .values(row)
+            .on_conflict_do_nothing(index_elements=["name"])
+            .returning(training_schedules.c.name)
+        )
 
         def work(connection: Connection) -> TrainingSchedule:
-            if connection.execute(insert).rowcount == 0:
+            if connection.execute(insert).scalar_one_or_none() is None:
                 raise ConflictError(f"there is a training schedule `{name}` already; delete it first", param="name")
             return _get(connection, name)
 
