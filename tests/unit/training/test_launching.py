@@ -68,7 +68,7 @@ def test_the_others_end_with_the_first_even_when_it_is_killed(
 def test_one_that_cannot_start_is_an_error(
     make_config: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launching.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ProcessLostError, match=r"process 1 did not start"), launched(make_config(processes=2)):
         pytest.fail("nobody is there")
 

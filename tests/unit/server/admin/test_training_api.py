@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 
 from fake_gateway import serving
 from trimtab_server import cli
-from trimtab_server.commands import jobs as jobs_commands
 from turning_log import rollout
 
 pytestmark = pytest.mark.anyio
@@ -116,8 +116,7 @@ async def test_a_followed_log_shows_each_line_once_and_ends_with_the_job(
     job = await claimed(bench)
     await bench.call("POST", f"training-jobs/{job}/heartbeat", json=beat(1, 2))
     looked = threading.Semaphore(0)
-    monkeypatch.setattr(jobs_commands, "_FOLLOW_S", 0.01)
-    monkeypatch.setattr(jobs_commands.time, "sleep", lambda seconds: looked.release())
+    monkeypatch.setattr(time, "sleep", lambda seconds: looked.release())
     printed: list[str] = []
 
     async def follow() -> None:

@@ -8,13 +8,13 @@ from trimtab_server.schedules.drift import compare_windows
 
 
 def test_the_p_value_is_welchs() -> None:
-    """By hand: means 0.5 and 0.2; variances 1/12 + 1/12... of [0, 1, 0.5] it is 0.25, of [0.1, 0.3, 0.2] it is 0.01.
+    """By hand: means 0.5 and 0.2; the variance of [0, 1, 0.5] is 0.25, that of [0.1, 0.3, 0.2] is 0.01.
 
     t = (0.2 - 0.5) / sqrt(0.25 / 3 + 0.01 / 3) = -1.01903; degrees of freedom by Welch and Satterthwaite:
     (0.26 / 3)^2 / ((0.25 / 3)^2 / 2 + (0.01 / 3)^2 / 2) = 2.15974.
     """
     found = compare_windows([0.0, 1.0, 0.5], [0.1, 0.3, 0.2])
-    assert (found.older_mean, found.newer_mean) == (pytest.approx(0.5), pytest.approx(0.2))
+    assert [found.older_mean, found.newer_mean] == pytest.approx([0.5, 0.2])
     t = -0.3 / math.sqrt(0.26 / 3)
     freedom = (0.26 / 3) ** 2 / ((0.25 / 3) ** 2 / 2 + (0.01 / 3) ** 2 / 2)
     assert found.p_value == pytest.approx(float(stats.t.cdf(t, freedom)))

@@ -100,7 +100,7 @@ async def test_new_rollouts_are_counted_from_the_schedules_beginning_and_from_ea
 
 async def test_only_complete_rollouts_that_callers_asked_for_count(world: World) -> None:
     await world.add(Every(new_rollouts=1))
-    for changes in (
+    not_counted: list[dict[str, Any]] = [
         {"route": "other"},
         {"finish_reason": "abort"},
         {"finish_reason": None},
@@ -108,7 +108,8 @@ async def test_only_complete_rollouts_that_callers_asked_for_count(world: World)
         {"endpoint": "reference"},
         {"endpoint": "training"},
         {"steering": [AdapterWeight(name="kind.training", version="a" * 16, alpha=1.0)]},
-    ):
+    ]
+    for changes in not_counted:
         await world.serve(**changes)
         assert await world.scheduler.look() == [], changes
     await world.serve(finish_reason="length", endpoint="chat.completions")
