@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_adapters.contract.params import AdapterName, Alpha
+from trimtab_adapters.contract.params import AdapterName
 from trimtab_training.config_section import ConfigSection
+from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import BonbonConfig, ObjectiveConfig, QuarkConfig, RlooConfig, VbonConfig
 from trimtab_training.transform_config import TransformConfig
 
@@ -21,27 +22,6 @@ UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 _Tree = TypeVar("_Tree", bound=ConfigSection)
-
-
-class ModelsConfig(ConfigSection):
-    """The two language models of the tailored policy."""
-
-    base_model: Path
-    """Directory of the frozen base LM (or of an approximate policy that stands in for it); needs `tokenizer.json`."""
-    adapter: Path
-    """Directory that the adapter LM starts from: a plain causal LM or an adapter version, which is then trained on."""
-    alpha: Alpha = 1.0
-    """Weight of the adapter's log-probabilities, in training, when drawing and as the version's default. Not 0."""
-    device: str = "cpu"
-    """Torch device of both models."""
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; the adapter always trains in float32."""
-
-    @model_validator(mode="after")
-    def _steers(self) -> Self:
-        if self.alpha == 0.0:
-            raise ValueError("alpha 0 leaves the base untouched, so there is nothing to train")
-        return self
 
 
 class GatewayConfig(ConfigSection):

@@ -10,6 +10,7 @@ import torch
 
 from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
+from trimtab_training.base_logits_cache import BaseLogitsCache
 from trimtab_training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -20,6 +21,7 @@ from trimtab_training.config import TrainConfig
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
+from trimtab_training.logits_reader import LogitsReader, PackedReader, PaddedReader
 from trimtab_training.models import (
     AdapterStart,
     Vocabulary,
@@ -28,6 +30,7 @@ from trimtab_training.models import (
     load_causal_lm,
     num_output_columns,
 )
+from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
 from trimtab_training.policy import TailoredPolicy
@@ -81,9 +84,8 @@ def build_learner(
         start = AdapterStart(adapter, run.control_token_ids, run.fixed_prefix, run.parent)
     base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
-    start.model.requires_grad_(True)
     learner = Learner(
-        TailoredPolicy(base, start.model, alpha=models.alpha, num_known=num_known),
+        build_policy(models, base, start.model, num_known=num_known),
         build_objective(config.objective, start, seed=config.seed),
         optimiser=config.optimiser,
         num_steps=config.steps,
@@ -91,6 +93,23 @@ def build_learner(
     if checkpoint is not None:
         restore_learner(checkpoint, learner)
     return learner, start
+
+
+def build_policy(models: ModelsConfig, base: Any, adapter: Any, *, num_known: int) -> TailoredPolicy:
+    """Both models as the configuration wants them computed with."""
+    reader: LogitsReader = PaddedReader() if models.pack_tokens is None else PackedReader(models.pack_tokens)
+    base_reader = BaseLogitsCache(reader, int(models.base_cache_gib * 2**30)) if models.base_cache_gib else reader
+    if models.gradient_checkpointing:
+        adapter.gradient_checkpointing_enable()
+    return TailoredPolicy(
+        base,
+        adapter,
+        alpha=models.alpha,
+        num_known=num_known,
+        reader=reader,
+        base_reader=base_reader,
+        compute_dtype=getattr(torch, models.compute_dtype),
+    )
 
 
 def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
