@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
 from trimtab_training.logits_reader import LogitsReader, PackedReader, PaddedReader
+from trimtab_training.lora_training import load_lora, with_lora
 from trimtab_training.models import (
     AdapterStart,
     Vocabulary,
@@ -76,11 +78,22 @@ def build_learner(
     num_bins = config.objective.num_bins if isinstance(config.objective, QuarkConfig) else 0
     if checkpoint is None:
         start = load_adapter_start(
-            models.adapter, vocabulary, num_bins=num_bins, seed=config.seed, device=models.device
+            models.adapter,
+            vocabulary,
+            num_bins=num_bins,
+            seed=config.seed,
+            device=models.device,
+            control_token_ids=config.objective.control_token_ids if isinstance(config.objective, QuarkConfig) else None,
+            can_grow=models.lora is None,
         )
+        if models.lora is not None:
+            start = replace(start, model=with_lora(start.model, models.lora, seed=config.seed))
     else:
-        adapter = load_causal_lm(checkpoint.adapter_path, dtype=torch.float32, device=models.device)
         run = checkpoint.run
+        source = checkpoint.adapter_path if models.lora is None else models.adapter
+        adapter = load_causal_lm(source, dtype=torch.float32, device=models.device)
+        if models.lora is not None:
+            adapter = load_lora(adapter, checkpoint.adapter_path)
         start = AdapterStart(adapter, run.control_token_ids, run.fixed_prefix, run.parent)
     base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
@@ -197,6 +210,7 @@ def version_info(
         prefix_token_ids=learner.objective.prefix,
         reward=reward,
         evaluation=evaluation,
+        trunk=config.models.adapter if config.models.lora is not None else None,
         training={
             **learner.objective.describe(),
             "objective": config.objective.model_dump(mode="json"),
