@@ -1,6 +1,7 @@
 """The parts of a training run, built from its configuration."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
+from trimtab_adapters.contract.errors import ConflictError, IntegrityError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.base_logits_cache import BaseLogitsCache
 from trimtab_training.checkpoint import (
@@ -19,6 +20,7 @@ from trimtab_training.checkpoint import (
     restore_learner,
 )
 from trimtab_training.config import TrainConfig
+from trimtab_training.distillation.fidelity import FIDELITY_FILE
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
@@ -216,6 +218,7 @@ def version_info(
             "objective": config.objective.model_dump(mode="json"),
             "reward_transform": transform.model_dump(mode="json", exclude_defaults=True),
             "base_model": str(config.models.base_model),
+            **approximation_of(config.models.base_model),
             "parent": parent,
             "alpha": config.models.alpha,
             "step": learner.step,
@@ -225,6 +228,21 @@ def version_info(
             "sampling": config.sampling.model_dump(mode="json"),
         },
     )
+
+
+def approximation_of(base_model: Path) -> dict[str, Any]:
+    """How close a distilled base is to what it stands in for, for the manifest; empty for any other base.
+
+    Raises:
+        IntegrityError: What says so cannot be read.
+    """
+    path = base_model / FIDELITY_FILE
+    if not path.exists():
+        return {}
+    try:
+        return {"approximate_policy": json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as exc:
+        raise IntegrityError(f"{path} cannot be read: {exc}") from exc
 
 
 @contextmanager
