@@ -1,14 +1,15 @@
 """Which logged rollouts are meant: the conditions of an export, of a page of the log and of a training run.
 
-`matches` is their definition. The database answers the same question in SQL, and a test compares the two.
+`select_rollouts` is their definition. The database answers the same question in SQL, and a test compares the two.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trimtab_adapters.contract.feedback import Rating
-from trimtab_adapters.contract.records import RolloutEndpoint, Rollout
+from trimtab_adapters.contract.records import Rollout, RolloutEndpoint
 
 FilterText = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]+$")]
 
@@ -55,8 +56,8 @@ class RolloutConditions(BaseModel):
     max_calibrated: float | None = Field(default=None, ge=0, le=1)
     """Only rollouts to which `reward` gave at most this calibrated value."""
     whole_requests: bool = False
-    """Conditions on feedback and reward hold for a request when one of its candidates meets them all: what was drawn
-    together is read together, so that outcomes do not decide which samples are seen."""
+    """Conditions on feedback and reward choose requests: of one in which a rollout meets all conditions, all those are
+    read that meet the others. What was drawn together stays together, whatever came of it."""
 
     @model_validator(mode="after")
     def _names_the_reward(self) -> Self:
@@ -70,10 +71,6 @@ class RolloutConditions(BaseModel):
         """Whether feedback or a reward decides."""
         bounds = (self.has_feedback, self.min_rating, self.max_rating, self.reward)
         return any(bound is not None for bound in bounds)
-
-    def matches(self, rollout: Rollout) -> bool:
-        """Whether all conditions hold of a rollout itself; `whole_requests` is for those who see the others."""
-        return self.matches_origin(rollout) and self.matches_outcome(rollout)
 
     def matches_origin(self, rollout: Rollout) -> bool:
         """Whether the conditions hold that are not on feedback or reward."""
@@ -117,6 +114,15 @@ class RolloutFilter(RolloutConditions):
 
     limit: int | None = Field(default=None, ge=0, lt=2**63)
     """Most rollouts, oldest first."""
+
+
+def select_rollouts(rollouts: Iterable[Rollout], where: RolloutFilter) -> list[Rollout]:
+    """The rollouts that are meant, in their order; what the database answers to the same filter."""
+    found = [rollout for rollout in rollouts if where.matches_origin(rollout)]
+    if where.asks_for_outcome:
+        wanted = {rollout.request_id for rollout in found if where.matches_outcome(rollout)}
+        found = [r for r in found if (r.request_id in wanted if where.whole_requests else where.matches_outcome(r))]
+    return found[: where.limit]
 
 
 def _is_within(value: float | None, low: float | None, high: float | None) -> bool:

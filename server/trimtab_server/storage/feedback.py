@@ -141,8 +141,8 @@ def _unknown(choice: ChoiceName) -> NotFoundError:
     by_answer = choice.completion_id is not None
     what = f"answer {choice.completion_id!r}" if by_answer else f"request {choice.request_id!r}"
     return NotFoundError(
-        f"There is no choice {choice.index} of the {what} in the rollout log, so nothing can be said of it. Answers are "
-        "logged unless the gateway runs with rollouts off.",
+        f"There is no choice {choice.index} of the {what} in the rollout log, so nothing can be said of it. All "
+        "answers are logged unless the gateway runs with rollouts off.",
         param="completion_id" if by_answer else "request_id",
         code="completion_not_found",
     )

@@ -128,19 +128,21 @@ def decode_cursor(cursor: str) -> tuple[float, str]:
 
 
 def _matching(where: RolloutFilter) -> Select[Any]:
-    """The statement for `RolloutFilter.matches`."""
+    """`select_rollouts` as a statement."""
     statement = select(*(column for column in rollouts.columns if column.name in Rollout.model_fields))
-    statement = statement.where(*_origin(where))
+    statement = statement.where(*_origin(where, rollouts))
     if not where.asks_for_outcome:
         return statement
     if not where.whole_requests:
         return statement.where(*_outcome(where, rollouts))
     others = rollouts.alias("others")
-    return statement.where(rollouts.c.request_id.in_(select(others.c.request_id).where(*_outcome(where, others))))
+    matching = select(others.c.request_id).where(*_origin(where, others), *_outcome(where, others))
+    return statement.where(rollouts.c.request_id.in_(matching))
 
 
-def _origin(where: RolloutFilter) -> list[ColumnElement[bool]]:
-    columns, found = rollouts.c, []
+def _origin(where: RolloutFilter, of: FromClause) -> list[ColumnElement[bool]]:
+    columns = of.c
+    found: list[ColumnElement[bool]] = []
     for column in (columns.route, columns.base_model, columns.endpoint, columns.request_id):
         if (wanted := getattr(where, column.name)) is not None:
             found.append(column == wanted)
@@ -180,7 +182,8 @@ def _outcome(where: RolloutFilter, of: FromClause) -> list[ColumnElement[bool]]:
 
 
 def _within(value: ColumnElement[float], low: float | None, high: float | None) -> list[ColumnElement[bool]]:
-    return [value >= low] * (low is not None) + [value <= high] * (high is not None)
+    found = [value >= low] if low is not None else []
+    return [*found, value <= high] if high is not None else found
 
 
 def _with_feedback(connection: Connection, batch: Sequence[Rollout]) -> list[Rollout]:

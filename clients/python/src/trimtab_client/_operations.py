@@ -32,9 +32,7 @@ def create_chat(
     return Operation("POST", "/v1/chat/completions", lambda value: decode(ChatCompletion, value), body)
 
 
-def give_feedback(
-    completion_id: str | None, request_id: str | None, params: FeedbackParams
-) -> Operation[Feedback]:
+def give_feedback(completion_id: str | None, request_id: str | None, params: FeedbackParams) -> Operation[Feedback]:
     """`POST /v1/feedback`."""
     body = {**given(completion_id=completion_id, request_id=request_id), **params}
     return Operation("POST", "/v1/feedback", lambda value: decode(Feedback, value), body)

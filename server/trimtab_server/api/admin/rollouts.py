@@ -15,6 +15,7 @@ from trimtab_server.storage.rollouts import SqlRolloutReader
 Flush = Callable[[], Awaitable[None]]
 """Brings every acknowledged rollout to the database, for example `SpooledRolloutLog.flush`."""
 
+
 class PageQuery(RolloutConditions):
     """Query of `GET /admin/rollouts`."""
 
