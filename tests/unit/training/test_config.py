@@ -6,7 +6,8 @@ import pytest
 from pydantic import BaseModel
 
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_training.config import GatewayConfig, LoggedConfig, PromptFile, TrainConfig, load_config, parse_config
+from trimtab_training.config import GatewayConfig, PromptFile, TrainConfig, load_config, parse_config
+from trimtab_training.logged_config import LoggedConfig
 from trimtab_training.objective_config import QuarkConfig
 
 MINIMAL: dict[str, Any] = {

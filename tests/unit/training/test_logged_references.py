@@ -128,7 +128,7 @@ def test_prompts_of_token_ids_are_found_by_these_and_texts_by_their_tokens_too(g
 
 
 def test_a_draw_that_was_repeated_counts_once(gateway: Any) -> None:
-    seeded = {"sampling": {"temperature": 1.0, "max_tokens": 4, "seed": 3}}
+    seeded: dict[str, Any] = {"sampling": {"temperature": 1.0, "max_tokens": 4, "seed": 3}}
     assert read(gateway, *request("a", 1, **seeded), *request("b", 1, **seeded)) == {"t1": ["a-0"]}
     assert read(gateway, *request("a", 1), *request("b", 1)) == {"t1": ["a-0", "b-0"]}
 

@@ -7,8 +7,8 @@ from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.feedback import Feedback
 from trimtab_adapters.contract.params import AdapterWeight
 from trimtab_adapters.contract.records import RewardValue, Rollout
-from trimtab_training.config import LoggedConfig
 from trimtab_training.gateway import ScoreReply
+from trimtab_training.logged_config import LoggedConfig
 from trimtab_training.logged_rewards import samples_of, score_logged
 from trimtab_training.logged_rollouts import REASONS, RolloutSieve, read_logged, same_draw, same_output
 from trimtab_training.models import Vocabulary
@@ -173,7 +173,7 @@ def test_prompts_of_the_log_are_distinct_and_decoded_where_ids_were_sent(vocabul
 
 
 def test_samples_have_logprobs_only_where_these_are_of_what_was_drawn_from(vocabulary: Vocabulary) -> None:
-    logprobs = {"steered_logprobs": [-0.5, -0.25], "base_logprobs": [-1.0, -2.0]}
+    logprobs: dict[str, Any] = {"steered_logprobs": [-0.5, -0.25], "base_logprobs": [-1.0, -2.0]}
     rollouts = [rollout(0, **logprobs), rollout(1, sampling={"top_p": 0.5}, **logprobs), rollout(2)]
     fair, cut, unknown = samples_of(rollouts, vocabulary, {})
     assert (fair.steered_logprobs, fair.base_logprobs) == ((-0.5, -0.25), (-1.0, -2.0))

@@ -13,7 +13,7 @@ from trimtab_adapters.contract.params import AdapterWeight
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.storage.export import ExportFormat, export_file
-from trimtab_training.config import LoggedConfig
+from trimtab_training.logged_config import LoggedConfig
 from trimtab_training.logged_rollouts import read_logged
 from trimtab_training.rollout_files import read_rollout_files
 

@@ -122,7 +122,7 @@ def test_references_were_drawn_as_the_run_draws() -> None:
     config = SamplingConfig(max_tokens=4, temperature=0.7, top_p=0.9, stop=(".",), stop_token_ids=(5,))
     same = {"max_tokens": 4, "temperature": 0.7, "top_p": 0.9, "stop": ["."], "stop_token_ids": [5]}
     assert is_drawn_like(rollout({**same, "seed": 3, "top_k": -1, "min_p": 0.0}), config, {})
-    for other in (
+    others: list[dict[str, Any]] = [
         {"max_tokens": 5},
         {"temperature": 1.0},
         {"top_p": 1.0},
@@ -132,7 +132,8 @@ def test_references_were_drawn_as_the_run_draws() -> None:
         {"ignore_eos": True},
         {"add_special_tokens": True},
         {"presence_penalty": 1.0},
-    ):
+    ]
+    for other in others:
         assert not is_drawn_like(rollout({**same, **other}), config, {}), other
     assert not is_drawn_like(rollout(same), config, {"top_k": 20})
     assert is_drawn_like(rollout({"max_tokens": 64, "ignore_eos": False, "stop": None}), SamplingConfig(), {})

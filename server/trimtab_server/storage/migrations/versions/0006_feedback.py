@@ -62,7 +62,7 @@ def downgrade() -> None:
 def _fill() -> None:
     """Take rewards and request ids out of the JSON of the rollouts that are there, some at a time."""
     connection = op.get_bind()
-    columns = [sa.column(name) for name in ("id", "rewards", "metadata")]
+    columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in ("id", "rewards", "metadata")]
     rollouts = sa.table("rollouts", *columns, sa.column("x_request_id"))
     names = ("rollout_id", "position", "name", "raw", "calibrated")
     rollout_rewards = sa.table("rollout_rewards", *(sa.column(name) for name in names))
