@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab_adapters.contract.rollout_filter import RolloutConditions
 from trimtab_server.commands.admin_client import AdminClient
 from trimtab_server.commands.options import DEFAULT_URL, AdminKey, AsJson, Url
 from trimtab_server.commands.output import describe_steering, print_line, print_rows
@@ -23,6 +22,8 @@ _COLUMNS = {
     "text": "OUTPUT",
 }
 _EXCERPT = 60
+_NOT_CONDITIONS = ("output", "export_format", "limit", "url", "admin_key", "as_json")
+_SWITCHES = ("chosen_only", "whole_requests")
 
 
 class Format(StrEnum):
@@ -142,13 +143,12 @@ def build_rollouts_commands() -> typer.Typer:
 
 
 def _filters(options: Mapping[str, Any]) -> dict[str, str]:
-    """The query parameters among a command's options; what is not given, also as a switch, is left out."""
-    given = {name: options[name] for name in RolloutConditions.model_fields if options[name] is not None}
-    switches = {name for name, field in RolloutConditions.model_fields.items() if field.default is False}
+    """The query parameters among a command's options; what is not given, or not switched on, is left out."""
+    given = {name: value for name, value in options.items() if value is not None and name not in _NOT_CONDITIONS}
     return {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in given.items()
-        if value or name not in switches
+        if value or name not in _SWITCHES
     }
 
 
