@@ -138,14 +138,14 @@ def test_recorded_logprobs_are_the_trainers_own_and_the_version_leaves_nothing_b
     assert list(tmp_path.iterdir()) == []
 
 
-def run_config(gateway: RunningGateway, models: TinyModels, directory: Path, **changes: Any) -> TrainConfig:
+def run_config(served: RunningGateway, models: TinyModels, directory: Path, **changes: Any) -> TrainConfig:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts(11, 8)))
     sections: dict[str, Any] = {
         "output_dir": str(directory / "run"),
         "models": {"base_model": str(models.base), "adapter": str(models.adapter)},
-        "gateway": {"url": gateway.url},
+        "gateway": {"url": served.url},
         "reward": {"name": "low", "source": "local"},
         "prompts": {"type": "file", "path": str(path)},
         "publish": {"name": "trained"},
