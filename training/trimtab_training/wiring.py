@@ -39,7 +39,7 @@ from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.publish import VersionInfo, temporary_version
-from trimtab_training.rewards import GatewayScorer, LocalScorer, Scorer
+from trimtab_training.rewards import GatewayScorer, LocalScorer, RatedOnly, Scorer
 from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, RolloutSource
 from trimtab_training.transform_config import TransformConfig
 from trimtab_training.transforms import fit_to_served
@@ -133,6 +133,8 @@ def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
     Raises:
         InvalidRequestError: It is local and no package publishes it.
     """
+    if config.reward.source == "feedback":
+        return RatedOnly(config.reward.name)
     if config.reward.source == "local":
         return LocalScorer.load(config.reward.name)
     return GatewayScorer(_connected(gateway), config.reward.name, batch_size=config.reward.batch_size)
@@ -183,8 +185,8 @@ def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> Tran
     transform = config.reward.transform
     if transform.kind != "served":
         return transform
-    best_of = 1
-    if gateway is not None and config.publish.route is not None:
+    best_of = 1  # also where people rate: there are no ratings of reference rollouts
+    if config.reward.source != "feedback" and gateway is not None and config.publish.route is not None:
         with contextlib.suppress(NotFoundError):
             best_of = int(gateway.route(config.publish.route).get("best_of") or 1)
     return fit_to_served(transform, best_of=best_of)
