@@ -67,6 +67,7 @@ class VersionStore:
         prefix_token_ids: Sequence[int] | None = None,
         default_alpha: float | None = None,
         training: Mapping[str, Any] | None = None,
+        described: Mapping[str, Any] | None = None,
         expected_vocabulary: tuple[str, int] | None = None,
     ) -> tuple[Manifest, Path]:
         """Copy a directory into the store and check the copy. The same content gives the same version again.
@@ -82,6 +83,8 @@ class VersionStore:
             prefix_token_ids: What the adapter sees before prompt and output.
             default_alpha: Weight where a request names none.
             training: How it was trained.
+            described: Further fields of the manifest that tell where the version comes from: `reward`, `evaluation`,
+                `created_at`, `calibrator`.
             expected_vocabulary: Fingerprint and number of tokens of the base model's tokenizer; None leaves this
                 check to the engine.
 
@@ -105,6 +108,7 @@ class VersionStore:
             **({} if prefix_token_ids is None else {"prefix_token_ids": list(prefix_token_ids)}),
             **({} if default_alpha is None else {"default_alpha": default_alpha}),
             **({} if training is None else {"training": dict(training)}),
+            **(described or {}),
         }
         try:
             with self._incoming() as directory:

@@ -144,7 +144,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_trimtab_error(request: Request, exc: Exception) -> JSONResponse:
         answer = error_answer(exc)
         if answer.status >= 500:
-            logger.error("request %s failed: %s", getattr(request.state, "request_id", "-"), exc)
+            cause = f" ({exc.__cause__!r})" if exc.__cause__ is not None else ""
+            logger.error("request %s failed: %s%s", getattr(request.state, "request_id", "-"), exc, cause)
         return answer.response()
 
     async def on_http_error(request: Request, exc: Exception) -> JSONResponse:

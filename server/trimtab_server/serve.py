@@ -19,6 +19,7 @@ from trimtab_adapters.contract.manifest import read_vocabulary, vocabulary_finge
 from trimtab_adapters.store import VersionStore
 from trimtab_server.api.admin.calibrators import Calibrators
 from trimtab_server.api.admin.router import AdminParts, build_admin_router
+from trimtab_server.api.feedback import build_feedback_router
 from trimtab_server.app import create_app
 from trimtab_server.calibration.fitting import CalibratorFitting
 from trimtab_server.decoding.pooled import PooledCalibrators
@@ -36,6 +37,7 @@ from trimtab_server.settings import Settings
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
 from trimtab_server.storage.catalog import SqlCatalog
 from trimtab_server.storage.database import Database
+from trimtab_server.storage.feedback import SqlFeedback
 from trimtab_server.storage.identified_log import IdentifiedRolloutLog
 from trimtab_server.storage.jobs import TrainingJobs
 from trimtab_server.storage.reference_samples import SqlSampleLog
@@ -166,7 +168,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         rollout_log=identified_log,
         caps=selection_caps,
         scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
-        routers=[build_admin_router(admin)],
+        routers=[build_admin_router(admin), build_feedback_router(SqlFeedback(database, rollout_log.flush))],
         background=[*background, residency.keep_converged, Scheduler(schedules, SqlTraffic(database)).run],
         metrics=metrics,
         on_stop=[rewards.aclose, rollout_log.aclose, close_database],

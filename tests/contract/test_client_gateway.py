@@ -125,6 +125,26 @@ async def test_completions_are_steered_ranked_logged_and_exported(client: AsyncC
     assert (tmp_path / "log.parquet").read_bytes()[:4] == b"PAR1"
 
 
+async def test_feedback_is_kept_and_exported_with_the_answer(client: AsyncClient, tmp_path: Path) -> None:
+    completion = await client.completions.create(model="base", prompt="The baker", max_tokens=4, n=2)
+    first = await client.feedback.create(completion_id=completion.id, index=1, thumbs="up", user="ann")
+    assert (first.completion_id, first.index, first.rating, first.user) == (completion.id, 1, 1.0, "ann")
+    assert first.extra == {"object": "feedback"}
+    again = await client.feedback.create(
+        completion_id=completion.id, index=1, rating=-0.5, comment="on second thought", preferred_index=0, user="ann"
+    )
+    assert (again.rating, again.comment, again.preferred_index) == (-0.5, "on second thought", 0)
+    assert again.updated_at >= again.created_at == first.created_at
+    with pytest.raises(trimtab.NotFoundError):
+        await client.feedback.create(request_id="never-sent", thumbs="down")
+    await client.admin.rollouts.export(tmp_path / "log.jsonl", has_feedback=True, max_rating=0.0)
+    (rollout,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (rollout["output_text"], rollout["choice_index"]) == (completion.choices[1].text, 1)
+    assert [said["rating"] for said in rollout["feedback"]] == [-0.5]
+    page = await client.admin.rollouts.list(request_id=completion.id, has_feedback=True, whole_requests=True)
+    assert [found["choice_index"] for found in page.data] == [0, 1]
+
+
 async def test_operators_and_explanations(client: AsyncClient, tmp_path: Path) -> None:
     path = str(await version_directory(tmp_path / "kind"))
     version = (await client.admin.adapters.add(name="kind", path=path)).version

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trimtab_adapters.contract.errors import ConflictError, IntegrityError, StorageError
-from trimtab_training.config import TrainConfig
+from trimtab_training.config_section import ConfigSection
 from trimtab_training.durable_files import sync_directory, sync_tree
 from trimtab_training.learner import Learner
 from trimtab_training.models import Vocabulary, save_causal_lm
@@ -85,7 +85,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, learner: Learner, run: RunState, *, config: TrainConfig, vocabulary: Vocabulary, keep: int
+    directory: Path, learner: Learner[Any], run: RunState, *, config: ConfigSection, vocabulary: Vocabulary, keep: int
 ) -> Path:
     """Write a checkpoint of the learner as it is now and delete all but the newest `keep`.
 
@@ -111,7 +111,7 @@ def save_checkpoint(
     return target
 
 
-def _write(path: Path, learner: Learner, run: RunState, config: TrainConfig, vocabulary: Vocabulary) -> None:
+def _write(path: Path, learner: Learner[Any], run: RunState, config: ConfigSection, vocabulary: Vocabulary) -> None:
     save_causal_lm(learner.policy.adapter, path / "adapter", vocabulary.path)
     random_state = {"cpu": torch.get_rng_state()}
     if learner.policy.device.type == "cuda":
@@ -159,7 +159,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def open_checkpoint(path: Path, config: TrainConfig) -> Checkpoint:
+def open_checkpoint(path: Path, config: ConfigSection) -> Checkpoint:
     """Read a checkpoint's state and make sure that it belongs to this run.
 
     Raises:
@@ -187,7 +187,7 @@ def open_checkpoint(path: Path, config: TrainConfig) -> Checkpoint:
     )
 
 
-def restore_learner(checkpoint: Checkpoint, learner: Learner) -> None:
+def restore_learner(checkpoint: Checkpoint, learner: Learner[Any]) -> None:
     """Put objective, optimiser, step and torch's random state back; the adapter must already be the checkpoint's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The commands `trimtab train`, `trainer`, `evaluate` and `demo`. Heavy imports come after argument parsing."""
+"""The commands `trimtab train`, `trainer`, `distill`, `evaluate` and `demo`. Heavy imports come after parsing."""
 
 import argparse
 import logging
@@ -31,18 +31,10 @@ _INTERRUPTED = 130
 def train(argv: list[str]) -> int:
     """Train one adapter as a configuration file says; returns the exit status."""
     parser = argparse.ArgumentParser(prog="trimtab train", description="Train an adapter LM and publish a version.")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML or JSON configuration")
+    _add_run_arguments(parser)
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting"
+        "--processes", type=int, default=None, metavar="N", help="processes that train together; overrides `processes`"
     )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=None,
-        metavar="N",
-        help="processes that train together; overrides `processes`",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     arguments = _parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
@@ -99,11 +91,65 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def distill(argv: list[str]) -> int:
+    """Distil a student from a base's samples, as a configuration file says; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="trimtab distill",
+        description="Train a student that stands in for a base model in training, and measure how close it is.",
+    )
+    _add_run_arguments(parser)
+    arguments = _parse(parser, argv)
+    if isinstance(arguments, int):
+        return arguments
+    _set_up_logging()
+    interruption = Interruption()
+    with _signals(lambda: interruption.request("released")):
+        try:
+            _run_distillation(arguments, interruption)
+        except TrimtabError as exc:
+            _complain(f"trimtab distill: {exc.message}")
+            return 1
+        except TrainingInterrupted:
+            _complain("trimtab distill: stopped; go on with --resume")
+            return _INTERRUPTED
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """Run the demonstration; returns its exit status."""
     from trimtab_training.demo.run import main
 
     return main(argv)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML or JSON configuration")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+
+
+def _run_distillation(arguments: argparse.Namespace, interruption: Interruption) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from trimtab_training.distillation.building import built_teacher
+    from trimtab_training.distillation.config import load_distill_config
+    from trimtab_training.recipes.distill import distill as run
+
+    transformers_logging.disable_progress_bar()
+    config = load_distill_config(arguments.config, tuple(arguments.overrides))
+    with built_teacher(config, interruption) as teacher:
+        result = run(config, teacher, interruption=interruption, resume=arguments.resume)
+    table = Table("nats per token on the teacher's own samples", "log p - log p̂", "95 %", "the teacher's -log p")
+    rows = [("start", result.before)] + ([("student", result.after)] if result.path is not None else [])
+    for label, found in rows:
+        low, high = found.interval
+        table.add_row(label, f"{found.log_ratio:.4f}", f"{low:.4f} to {high:.4f}", f"{found.teacher_nll:.4f}")
+    console = Console()
+    console.print(table)
+    if result.path is not None:
+        console.print(f"student in {result.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_worker(arguments: argparse.Namespace) -> int:

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_adapters.contract.params import AdapterName, Alpha
+from trimtab_adapters.contract.params import AdapterName
 from trimtab_training.config_section import ConfigSection
+from trimtab_training.logged_config import LoggedConfig
+from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import BonbonConfig, ObjectiveConfig, QuarkConfig, RlooConfig, VbonConfig
 from trimtab_training.transform_config import TransformConfig
 
@@ -21,27 +23,6 @@ UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 _Tree = TypeVar("_Tree", bound=ConfigSection)
-
-
-class ModelsConfig(ConfigSection):
-    """The two language models of the tailored policy."""
-
-    base_model: Path
-    """Directory of the frozen base LM (or of an approximate policy that stands in for it); needs `tokenizer.json`."""
-    adapter: Path
-    """Directory that the adapter LM starts from: a plain causal LM or an adapter version, which is then trained on."""
-    alpha: Alpha = 1.0
-    """Weight of the adapter's log-probabilities, in training, when drawing and as the version's default. Not 0."""
-    device: str = "cpu"
-    """Torch device of both models."""
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; the adapter always trains in float32."""
-
-    @model_validator(mode="after")
-    def _steers(self) -> Self:
-        if self.alpha == 0.0:
-            raise ValueError("alpha 0 leaves the base untouched, so there is nothing to train")
-        return self
 
 
 class GatewayConfig(ConfigSection):
@@ -66,8 +47,10 @@ class RewardConfig(ConfigSection):
 
     name: str
     """Name of the reward."""
-    source: Literal["gateway", "local"] = "gateway"
-    """Whether the gateway scores, or the entry point of that name (group `trimtab.rewards`) in this process."""
+    source: Literal["gateway", "local", "feedback"] = "gateway"
+    """Whether the gateway scores, or the entry point of that name (group `trimtab.rewards`) in this process, or people
+    did: the reward of a logged rollout is then the mean of its ratings, and what nobody rated is left out. So there are
+    no fresh rollouts and no evaluation, and `name` is only what the manifest calls it."""
     batch_size: int = Field(default=256, ge=1, le=4096)
     """Outputs per scoring call."""
     transform: TransformConfig = TransformConfig()
@@ -88,30 +71,6 @@ class PromptLog(ConfigSection):
     type: Literal["log"] = "log"
 
 
-class LoggedConfig(ConfigSection):
-    """Which logged rollouts enter the pool before the first step; a field left out means any."""
-
-    enabled: bool = True
-    """Whether the log is read at all (it needs a gateway)."""
-    route: str | None = None
-    """Only rollouts of this route."""
-    adapter: str | None = None
-    """Only rollouts steered by this adapter."""
-    version: str | None = None
-    """Only rollouts steered by this adapter version."""
-    endpoint: Literal["completions", "chat.completions", "reference", "training"] | None = None
-    """Only rollouts of this endpoint."""
-    since: float | None = None
-    """Only rollouts completed at or after this Unix time."""
-    until: float | None = None
-    """Only rollouts completed before this Unix time."""
-    limit: int | None = Field(default=None, ge=1)
-    """Most rollouts to read, oldest first."""
-    with_operators: bool = False
-    """Whether also rollouts that were steered with operators or a negative prompt, which the policy that is trained
-    does not have, enter the pool."""
-
-
 class FreshConfig(ConfigSection):
     """Rollouts drawn from the current policy while training goes on."""
 
@@ -121,7 +80,7 @@ class FreshConfig(ConfigSection):
     """Model name to draw from through the gateway: the base model or a route; its steering is overridden."""
     interval: int = Field(default=500, ge=0)
     """Steps between two rounds; 0 draws none, so the run learns from the log alone. Objectives that learn from the
-    newest round alone draw one whenever they have used up the last."""
+    newest round alone draw one whenever they have used up the last, and with 0 go through the log again."""
     prompts_per_round: int | None = Field(default=None, ge=1)
     """Prompts per round; left out means every training prompt."""
     num_per_prompt: int = Field(default=1, ge=1, le=20)
@@ -261,11 +220,12 @@ class TrainConfig(ConfigSection):
     @model_validator(mode="after")
     def _gateway_where_needed(self) -> Self:
         if self.gateway is None:
+            reads_log = self.logged.enabled and not self.logged.path
             needs = {
                 'reward.source = "gateway"': self.reward.source == "gateway",
                 'fresh.source = "gateway"': self.fresh.source == "gateway",
-                'prompts.type = "log"': isinstance(self.prompts, PromptLog),
-                "logged.enabled = true": self.logged.enabled,
+                'prompts.type = "log" without logged.path': isinstance(self.prompts, PromptLog) and reads_log,
+                "logged.enabled = true without logged.path": reads_log,
                 "publish.route": self.publish.route is not None,
             }
             if named := [field for field, is_set in needs.items() if is_set]:
@@ -280,6 +240,33 @@ class TrainConfig(ConfigSection):
             raise ValueError("publish.require_improvement needs an evaluation: set evaluation.share above 0")
         if self.fresh.interval == 0 and not self.logged.enabled:
             raise ValueError("fresh.interval = 0 and logged.enabled = false leave nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _feedback_suffices(self) -> Self:
+        if self.reward.source != "feedback":
+            return self
+        refused = {
+            "fresh.interval = 0: nobody rates fresh rollouts": self.fresh.interval != 0,
+            "evaluation.share = 0: nobody rates its outputs": self.evaluation.share != 0,
+            'reward.transform.kind = "raw": nobody rated reference rollouts': self.reward.transform.kind
+            not in ("raw", "served"),
+            "an objective with a pool or importance weights: quark, rloo or ppo": self.objective.kind
+            not in ("quark", "rloo", "ppo"),
+        }
+        if named := [need for need, is_missing in refused.items() if is_missing]:
+            raise ValueError(f'reward.source = "feedback" needs {"; ".join(named)}')
+        return self
+
+    @model_validator(mode="after")
+    def _log_is_a_fair_sample(self) -> Self:
+        logged = self.logged
+        chosen_by = (logged.min_rating, logged.max_rating, logged.reward)
+        if not isinstance(self.objective, QuarkConfig) and logged.enabled and any(c is not None for c in chosen_by):
+            raise ValueError(
+                f"objective.kind = {self.objective.kind!r} weighs rollouts by their probability, which is void where "
+                "they were chosen by what came of them: leave logged.min_rating, max_rating and reward out"
+            )
         return self
 
     @model_validator(mode="after")

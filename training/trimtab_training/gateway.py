@@ -1,5 +1,6 @@
 """What the trainer asks of the gateway over HTTP: rollouts, scores, versions, routes and jobs."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trimtab_adapters.contract.engine_api import EngineStatus
 from trimtab_adapters.contract.errors import EngineError, RewardError, StorageError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.contract.records import Rollout
@@ -63,6 +65,18 @@ class _Registered(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     version: VersionId
+
+
+class _Engine(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    status: EngineStatus | None = None
+
+
+class _Engines(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    data: list[_Engine]
 
 
 class GatewayClient:
@@ -164,9 +178,14 @@ class GatewayClient:
         query = {"format": "jsonl", **where}
         for line in self._http.lines("/admin/rollouts/export", params=query, headers=self._admin_headers):
             try:
-                yield Rollout.model_validate_json(line)
-            except ValidationError as exc:
-                raise StorageError(f"the gateway exported a rollout that this version cannot read: {exc}") from exc
+                rollout = Rollout.model_validate(json.loads(line))  # pydantic's own JSON refuses lone surrogates
+            except ValidationError as exc:  # without what was said there: a log holds everything
+                field = ".".join(str(part) for part in exc.errors()[0]["loc"])
+                why = f"{field}: {exc.errors()[0]['msg']}"
+                raise StorageError(f"the gateway exported a rollout that this version cannot read: {why}") from exc
+            except ValueError as exc:
+                raise StorageError(f"the gateway exported something else than rollouts: {exc}") from exc
+            yield rollout
 
     def score(self, reward: str, inputs: Sequence[RewardInput]) -> ScoreReply:
         """Score outputs with a reward of the gateway.
@@ -198,6 +217,12 @@ class GatewayClient:
         if not isinstance(answer, dict):
             raise EngineError(f"the gateway's answer about the route {name!r} is not an object")
         return answer
+
+    def base_identity(self) -> str | None:
+        """What the engine tells of the base model that it has loaded; None where it is away."""
+        answer = self._http.call("GET", "/admin/engines", headers=self._admin_headers, json=None)
+        engines = _parse(_Engines, answer).data
+        return engines[0].status.base_identity if engines and engines[0].status is not None else None
 
     def activate(self, route: str, name: str, version: VersionId, alpha: float) -> None:
         """Point a route at a version."""

@@ -4,13 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import torch
+from typing_extensions import TypeVar
 
 from trimtab_adapters.contract.errors import WeightsError
 from trimtab_training.config import OptimiserConfig
 from trimtab_training.objectives.objective import LossSum, Objective, ScoredRollout
+from trimtab_training.padding import TokenIds
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.processes import Processes, SingleProcess
 
@@ -53,7 +55,25 @@ def learning_rate(config: OptimiserConfig, step: int, num_steps: int) -> float:
     return config.lr * (num_steps - step) / max(1, num_steps - config.warmup_steps)
 
 
-class Learner:
+class Trainee(Protocol):
+    """What is trained: a tailored policy, or a model in its place."""
+
+    adapter: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
+    def can_read(self, prompt_token_ids: TokenIds, output_token_ids: TokenIds, adapter_prefix: TokenIds) -> bool:
+        """Whether a row can be learned from."""
+        ...
+
+
+Policy = TypeVar("Policy", bound=Trainee, default=TailoredPolicy)
+
+
+class Learner(Generic[Policy]):
     """The trainable state of a run: adapter, objective, optimiser and number of steps taken.
 
     A step's gradient is that of the mean over all units of its rows, however the rows are cut into micro-batches and
@@ -69,8 +89,8 @@ class Learner:
 
     def __init__(
         self,
-        policy: TailoredPolicy,
-        objective: Objective[Any],
+        policy: Policy,
+        objective: Objective[Any, Policy],
         *,
         optimiser: OptimiserConfig,
         num_steps: int,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trimtab_adapters.contract.errors import AdapterError, ManifestError, VocabularyError, WeightsError
 from trimtab_adapters.contract.manifest import MANIFEST_FILE, read_manifest, read_vocabulary, vocabulary_fingerprint
 from trimtab_adapters.contract.params import VersionId
+from trimtab_training.lora_training import is_lora, save_lora
 
 CONTROL_TOKENS_KEY = "control_token_ids"
 """Key in a manifest's `training` under which the control tokens stand, best quantile first."""
@@ -114,15 +115,23 @@ def load_causal_lm(directory: Path, *, dtype: torch.dtype, device: str) -> Any:
 
 
 def load_adapter_start(
-    directory: Path, vocabulary: Vocabulary, *, num_bins: int, seed: int, device: str
+    directory: Path,
+    vocabulary: Vocabulary,
+    *,
+    num_bins: int,
+    seed: int,
+    device: str,
+    control_token_ids: tuple[int, ...] | None = None,
+    can_grow: bool = True,
 ) -> AdapterStart:
     """Load the adapter LM to train and see to its control tokens, one for each of `num_bins` quantiles.
 
-    The control tokens of a version that was trained with as many quantiles are used on; otherwise new rows are added.
-    Without quantiles (0) the adapter stays as it is, and so does what it sees before a prompt.
+    They are `control_token_ids` where given, which are tokens that the LM has; else those of a version that was trained
+    with as many quantiles; else new rows are added. Without quantiles (0) the adapter stays as it is, and so does what
+    it sees before a prompt.
 
     Raises:
-        AdapterError: It cannot be loaded.
+        AdapterError: It cannot be loaded, or it needs new rows and must not grow (`can_grow`).
         VocabularyError: It was made for another tokenizer, or nothing says for which.
     """
     manifest = read_manifest(directory) if (directory / MANIFEST_FILE).exists() else None
@@ -136,14 +145,24 @@ def load_adapter_start(
         raise VocabularyError(
             f"{directory} has logits for {num_output_columns(model)} tokens, the tokenizer has {vocabulary.num_tokens}"
         )
+    parent = manifest.version_id if manifest else None
+    prefix = tuple(manifest.prefix_token_ids) if manifest else ()
     if not num_bins:
-        prefix = tuple(manifest.prefix_token_ids) if manifest else ()
-        return AdapterStart(model, (), prefix, manifest.version_id if manifest else None)
-    known = _known_control_tokens(manifest.training if manifest else {}, vocabulary.num_tokens)
-    fixed = tuple(token for token in manifest.prefix_token_ids if token not in known) if manifest else ()
-    if len(known) != num_bins:
-        known = add_control_tokens(model, num_bins, num_known=vocabulary.num_tokens, seed=seed)
-    return AdapterStart(model, known, fixed, manifest.version_id if manifest else None)
+        return AdapterStart(model, (), prefix, parent)
+    former = _known_control_tokens(manifest.training if manifest else {})
+    fixed = tuple(token for token in prefix if token not in former)
+    if control_token_ids is not None:
+        if max(control_token_ids) >= int(model.get_input_embeddings().weight.shape[0]):
+            raise AdapterError(f"{directory} has no token {max(control_token_ids)}: see objective.control_token_ids")
+        former = control_token_ids
+    elif len(former) != num_bins:
+        if not can_grow:
+            raise AdapterError(
+                f"{directory} has no {num_bins} control tokens, and a LoRA cannot add any to it; name tokens that it "
+                "has and does not otherwise use in objective.control_token_ids"
+            )
+        former = add_control_tokens(model, num_bins, num_known=vocabulary.num_tokens, seed=seed)
+    return AdapterStart(model, former, fixed, parent)
 
 
 def add_control_tokens(model: Any, num: int, *, num_known: int, seed: int) -> tuple[int, ...]:
@@ -189,7 +208,7 @@ def end_token_ids(model: Any) -> frozenset[int]:
 
 
 def save_causal_lm(model: Any, directory: Path, tokenizer_json: Path) -> None:
-    """Write configuration, safetensors weights and the tokenizer into a directory.
+    """Write configuration, safetensors weights and the tokenizer into a directory; of a LoRA, PEFT's files alone.
 
     Raises:
         WeightsError: A weight is NaN or infinite.
@@ -197,12 +216,15 @@ def save_causal_lm(model: Any, directory: Path, tokenizer_json: Path) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise WeightsError(f"weight {name} holds NaN or infinite values; lower the learning rate")
+    if is_lora(model):
+        save_lora(model, directory)
+        return
     model.save_pretrained(directory)
     shutil.copyfile(tokenizer_json, directory / "tokenizer.json")
 
 
-def _known_control_tokens(training: dict[str, Any], num_known: int) -> tuple[int, ...]:
+def _known_control_tokens(training: dict[str, Any]) -> tuple[int, ...]:
     ids = training.get(CONTROL_TOKENS_KEY, [])
-    if not isinstance(ids, list) or not all(isinstance(i, int) and i >= num_known for i in ids):
-        raise ManifestError(f"the manifest's training.{CONTROL_TOKENS_KEY} must list ids beyond the vocabulary")
+    if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ManifestError(f"the manifest's training.{CONTROL_TOKENS_KEY} must list token ids")
     return tuple(ids)

@@ -3,9 +3,9 @@
 Defaults are those of the method's authors where they published any; `docs/training.md` gives the sources.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from trimtab_training.config_section import ConfigSection
 
@@ -16,6 +16,9 @@ class QuarkConfig(ConfigSection):
     kind: Literal["quark"] = "quark"
     num_bins: int = Field(default=5, ge=2, le=64)
     """Number of reward quantiles, each with a control token of its own."""
+    control_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Tokens of the adapter's vocabulary that stand for the quantiles, best first, such as reserved ones that no text
+    has. Left out, rows are added to the adapter's embeddings, which a LoRA cannot do."""
     kl_coef: float = Field(default=0.05, ge=0)
     """Weight of KL(tailored || base), exact over the vocabulary, in nats per token."""
     kl_target: float | None = Field(default=None, gt=0)
@@ -26,6 +29,13 @@ class QuarkConfig(ConfigSection):
     """Entropy per token that the weight is steered towards, in nats; left out, the weight stays as it is."""
     horizon: float = Field(default=2500.0, gt=0)
     """Rollouts over which the two weights move by a factor of about e while they are off by as much as their target."""
+
+    @model_validator(mode="after")
+    def _one_token_per_quantile(self) -> Self:
+        ids = self.control_token_ids
+        if ids is not None and (len(ids) != self.num_bins or len(set(ids)) != len(ids)):
+            raise ValueError(f"control_token_ids needs {self.num_bins} different tokens, one per quantile")
+        return self
 
 
 class RlooConfig(ConfigSection):

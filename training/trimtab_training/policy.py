@@ -1,8 +1,4 @@
-"""The tailored policy in training: a frozen base LM and a trainable adapter LM, combined by `mixing.py`.
-
-The layout of a batch: contexts are padded on the left and outputs on the right, so that in both models the output
-positions of all rows are the same last columns, although the adapter's context is longer by its prefix.
-"""
+"""The tailored policy in training: a frozen base LM and a trainable adapter LM, combined by `mixing.py`."""
 
 import contextlib
 from collections.abc import Sequence
@@ -13,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters import mixing
+from trimtab_training.logits_reader import LogitsReader, PaddedReader
 from trimtab_training.models import max_positions
-
-TokenIds = Sequence[int]
+from trimtab_training.padding import TokenIds, padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +51,29 @@ class TailoredPolicy:
         alpha: Weight of the adapter's log-probabilities, negative allowed.
         num_known: Number of tokens of the shared tokenizer. Columns of the adapter beyond it (padding, control
             tokens) are cut off before its log-softmax.
+        reader: How the adapter reads a batch; padded when not given.
+        base_reader: Likewise the base.
+        compute_dtype: Type of the adapter's forward and backward pass; its weights keep theirs.
     """
 
-    def __init__(self, base: Any, adapter: Any, *, alpha: float, num_known: int) -> None:
+    def __init__(
+        self,
+        base: Any,
+        adapter: Any,
+        *,
+        alpha: float,
+        num_known: int,
+        reader: LogitsReader | None = None,
+        base_reader: LogitsReader | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.base = base.eval().requires_grad_(False)
         self.adapter = adapter
         self.alpha = alpha
         self.num_known = num_known
+        self._reader = reader or PaddedReader()
+        self._base_reader = base_reader or self._reader
+        self._compute_dtype = compute_dtype
 
     @property
     def device(self) -> torch.device:
@@ -112,17 +124,22 @@ class TailoredPolicy:
         """
         if not all(map(len, prompt_token_ids)) or not all(map(len, output_token_ids)):
             raise ValueError("every row needs at least one prompt token and one output token")
-        outputs, mask = _pad(output_token_ids, left=False, device=self.device)
+        outputs, mask = padded(output_token_ids, left=False, device=self.device)
         prefixed = [(*p, *q) for p, q in zip(adapter_prefix_token_ids, prompt_token_ids, strict=True)]
         with torch.no_grad():
-            base_logits = _output_logits(self.base, prompt_token_ids, outputs, mask).float()
-        adapter_logits = _output_logits(self.adapter, prefixed, outputs, mask)
+            base_logits = self._base_reader(self.base, prompt_token_ids, output_token_ids).float()
+        with self._autocast():
+            adapter_logits = self._reader(self.adapter, prefixed, output_token_ids)
         return PolicyOutput(
             steered_logits=self.steer(base_logits, adapter_logits),
             base_logits=base_logits,
             output_token_ids=outputs,
             mask=mask,
         )
+
+    def _autocast(self) -> torch.autocast:
+        is_lower = self._compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self._compute_dtype if is_lower else None, enabled=is_lower)
 
 
 @contextlib.contextmanager
@@ -135,38 +152,3 @@ def evaluating(model: Any) -> Any:
             yield
     finally:
         model.train(was_training)
-
-
-def left_padded(rows: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask of contexts padded on the left, `[B, longest]` each."""
-    return _pad(rows, left=True, device=device)
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, `[B, L]`; padding in front gets 0."""
-    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _pad(rows: Sequence[TokenIds], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, tokens in enumerate(rows):
-        where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-        ids[row, where] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, where] = True
-    return ids.to(device), mask.to(device)
-
-
-def _output_logits(model: Any, contexts: Sequence[TokenIds], outputs: Tensor, mask: Tensor) -> Tensor:
-    """Logits that predict each output token, `[B, T, A]`: context + output without its last column, last T kept."""
-    context_ids, context_mask = _pad(contexts, left=True, device=outputs.device)
-    all_mask = torch.cat((context_mask, mask[:, :-1]), dim=-1)
-    logits: Tensor = model(
-        input_ids=torch.cat((context_ids, outputs[:, :-1]), dim=-1),
-        attention_mask=all_mask.long(),
-        position_ids=position_ids(all_mask),
-        use_cache=False,
-        logits_to_keep=outputs.shape[1],
-    ).logits
-    return logits

@@ -1,12 +1,12 @@
 """Prompts: where they come from, and which of them are held out for the evaluation."""
 
+import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from trimtab_adapters.contract.errors import IntegrityError, InvalidRequestError
 from trimtab_adapters.contract.records import Rollout
@@ -64,16 +64,32 @@ def prompt_text(rollout: Rollout, vocabulary: Vocabulary) -> str:
 def hold_out(prompts: Sequence[Prompt], share: float, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Split into training and held-out prompts, both in their old order.
 
-    At least one prompt is held out when `share` is positive and there are two or more.
+    The side of a prompt depends on its text and the seed alone (`is_held_out`), so it stays when other prompts come
+    or go; `share` is met on average. Only where one side would be empty, the prompt next to it changes over; with a
+    positive share and two different prompts, neither side is empty.
     """
-    if share <= 0.0 or len(prompts) < 2:
+    places = {prompt: _place(prompt.text, seed) for prompt in prompts}
+    if share <= 0.0 or len(set(places.values())) < 2:
         return list(prompts), []
-    num_held_out = min(max(1, round(share * len(prompts))), len(prompts) - 1)
-    chosen = set(np.random.default_rng([seed, 0]).permutation(len(prompts))[:num_held_out].tolist())
-    return (
-        [prompt for index, prompt in enumerate(prompts) if index not in chosen],
-        [prompt for index, prompt in enumerate(prompts) if index in chosen],
-    )
+    lowest, highest = min(places.values()), max(places.values())
+    held_out = {prompt for prompt, place in places.items() if (place < share or place == lowest) and place != highest}
+    return [p for p in prompts if p not in held_out], [p for p in prompts if p in held_out]
+
+
+def is_held_out(text: str, share: float, *, seed: int) -> bool:
+    """Whether a prompt of this text belongs to the held-out share."""
+    return _place(text, seed) < share
+
+
+def same_prompt(text: str) -> str:
+    """Equal for prompts that are one and the same to a reader: white space, letter case and Unicode forms apart."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _place(text: str, seed: int) -> float:
+    """A place in [0, 1) that looks random."""
+    digest = hashlib.sha256(f"{seed}\0{same_prompt(text)}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def save_split(path: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

@@ -22,8 +22,10 @@ from trimtab_adapters.contract.errors import (
 )
 from trimtab_adapters.contract.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
 from trimtab_adapters.contract.params import VersionId
+from trimtab_adapters.store import VersionStore
 from trimtab_training.durable_files import sync_directory, sync_tree
 from trimtab_training.gateway import GatewayClient
+from trimtab_training.lora_training import save_lora
 from trimtab_training.models import Vocabulary, save_causal_lm
 from trimtab_training.rollouts import NamedVersion
 
@@ -47,6 +49,7 @@ class VersionInfo:
         training: How it was trained, for people.
         reward: `name@version` of the reward.
         evaluation: Figures from the end of training.
+        trunk: Directory of the LM that the model is a LoRA on; None for a whole model.
     """
 
     name: str
@@ -55,6 +58,7 @@ class VersionInfo:
     training: dict[str, Any]
     reward: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
+    trunk: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ def write_version(store: Path, model: Any, vocabulary: Vocabulary, info: Version
         WeightsError: A weight is NaN or infinite.
         StorageError: The disk refused.
     """
+    if info.trunk is not None:
+        return _write_lora(store, model, info, info.trunk)
     try:
         store.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=store))
@@ -97,6 +103,26 @@ def write_version(store: Path, model: Any, vocabulary: Vocabulary, info: Version
     except OSError as exc:
         raise StorageError(f"the version cannot be written to {store}: {exc}") from exc
     return VersionDirectory(target, manifest)
+
+
+def _write_lora(store: Path, model: Any, info: VersionInfo, trunk: Path) -> VersionDirectory:
+    """A LoRA's version has its trunk's files beside its own; the store links those that it has already."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-lora-") as name:
+        save_lora(model, Path(name))
+        manifest, path = VersionStore(store).add(
+            Path(name),
+            name=info.name,
+            trunk=trunk,
+            prefix_token_ids=info.prefix_token_ids,
+            default_alpha=info.alpha,
+            training=info.training,
+            described={
+                "reward": info.reward,
+                "evaluation": info.evaluation,
+                "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+            },
+        )
+    return VersionDirectory(path, manifest)
 
 
 def register_version(gateway: GatewayClient, directory: VersionDirectory) -> VersionId:

@@ -1,6 +1,7 @@
 """Rewards of the base's own outputs for each training prompt: what calibrates a reward in training.
 
-They are drawn once, at the start of a run, and kept with it: a resumed run must give a reward the rank it had before.
+They are read from the log or drawn once, at the start of a run, and kept with it: a resumed run must give a reward the
+rank that it had before.
 """
 
 import json
@@ -21,12 +22,43 @@ MOST_PER_DRAW = 16
 
 
 def draw_reference_scores(
-    source: RolloutSource, scorer: Scorer, prompts: Sequence[Prompt], *, size: int, seed: int
+    source: RolloutSource,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    size: int,
+    seed: int,
+    known: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Rewards of `size` outputs of the base for each prompt, by prompt text."""
+    """Rewards of `size` outputs of the base for each prompt, by prompt text.
+
+    Args:
+        source: Draws.
+        scorer: Gives rewards.
+        prompts: Distinct by their text.
+        size: Rewards per prompt.
+        seed: Of the draws.
+        known: Rewards of outputs that need not be drawn any more, at most `size` for a prompt.
+    """
+    scores: dict[str, list[float]] = {prompt.key: list((known or {}).get(prompt.key, ())) for prompt in prompts}
+    by_number: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        by_number.setdefault(len(scores[prompt.key]), []).append(prompt)
+    for num_known, group in sorted(by_number.items()):
+        # What is known may have been drawn with this very seed by an earlier run; it must not come again.
+        group_seed = [seed, num_known] if num_known else seed
+        drawn = _draw(source, scorer, group, size=size - num_known, seed=np.random.SeedSequence(group_seed))
+        for prompt in group:
+            scores[prompt.key] += drawn[prompt.key]
+    return scores
+
+
+def _draw(
+    source: RolloutSource, scorer: Scorer, prompts: Sequence[Prompt], *, size: int, seed: np.random.SeedSequence
+) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {prompt.key: [] for prompt in prompts}
     starts = range(0, size, MOST_PER_DRAW)
-    seeds = np.random.SeedSequence(seed).generate_state(len(starts)) >> 1
+    seeds = seed.generate_state(len(starts)) >> 1
     for start, draw_seed in zip(starts, seeds.tolist(), strict=True):
         drawn = source.draw(prompts, num_per_prompt=min(MOST_PER_DRAW, size - start), seed=draw_seed, steered=False)
         samples = [sample for group in drawn for sample in group]

@@ -97,6 +97,19 @@ class LocalScorer:
         return ScoreReply(rewards=check_scores(self._name, scores, len(inputs)), version=self._version)
 
 
+class RatedOnly:
+    """Stands where people give the rewards: it has a name and cannot score."""
+
+    version = "ratings"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def score(self, inputs: Sequence[RewardInput]) -> ScoreReply:
+        """Never succeeds: what nobody has rated has no reward."""
+        raise RewardError(f"the reward {self.name!r} is given by people, so {len(inputs)} outputs cannot be scored now")
+
+
 class SingleVersionScorer:
     """Refuses to go on when the reward's version changes: rewards of two versions cannot be ranked together.
 

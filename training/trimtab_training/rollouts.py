@@ -1,7 +1,6 @@
-"""Where rollouts come from: the gateway's log, the engine behind the gateway, or the two models in this process."""
+"""Where fresh rollouts come from: the engine behind the gateway, or the two models in this process."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,23 +9,22 @@ import torch
 
 from trimtab_adapters.contract.errors import EngineError, InvalidRequestError
 from trimtab_adapters.contract.params import VersionId
-from trimtab_adapters.contract.records import Rollout
 from trimtab_adapters.contract.rewards import RewardInput
-from trimtab_training.config import LoggedConfig, SamplingConfig
+from trimtab_training.config import SamplingConfig
 from trimtab_training.gateway import Completion, GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.models import Vocabulary
 from trimtab_training.policy import TailoredPolicy
-from trimtab_training.prompts import Prompt, prompt_text
-from trimtab_training.rewards import Scorer
+from trimtab_training.prompts import Prompt
 from trimtab_training.sampler import sample_outputs
-
-logger = logging.getLogger(__name__)
 
 _USABLE_FINISH_REASONS = ("stop", "length")
 
 NO_OPERATORS: dict[str, Any] = {"schedule": None, "plausibility": None, "max_kl": None, "negative_prompt": None}
 """In the request field `steering`: none of those that a route may have."""
+
+_NOTHING_ELSE = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What would otherwise be the base model's own defaults, which may cut and bend the distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +147,7 @@ class GatewaySource:
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            **_NOTHING_ELSE,
             "steering": steering,
         }
         body |= {"steering_logprobs": True} if self._with_logprobs else {}
@@ -262,50 +261,3 @@ class LocalSource:
                 f"the models have {self._policy.max_tokens}; lower sampling.max_tokens or leave the prompt out"
             )
         return token_ids
-
-
-def read_logged(gateway: GatewayClient, config: LoggedConfig) -> list[Rollout]:
-    """The logged rollouts that `config` selects and that training can use, oldest first."""
-    where = config.model_dump(exclude={"enabled", "with_operators"}, exclude_none=True)
-    return list(_usable(gateway.read_rollouts(where), with_operators=config.with_operators))
-
-
-def _usable(rollouts: Iterator[Rollout], *, with_operators: bool) -> Iterator[Rollout]:
-    num_skipped = num_operated = 0
-    for rollout in rollouts:
-        if not (rollout.is_plain or with_operators):
-            num_operated += 1
-        elif rollout.prompt_token_ids and rollout.output_token_ids and rollout.finish_reason in _USABLE_FINISH_REASONS:
-            yield rollout
-        else:
-            num_skipped += 1
-    if num_skipped:
-        logger.info("skipped %d logged rollouts that are empty or were broken off", num_skipped)
-    if num_operated:
-        logger.warning(
-            "skipped %d logged rollouts that were steered with operators or a negative prompt; to train on them all "
-            "the same, set logged.with_operators",
-            num_operated,
-        )
-
-
-def score_logged(rollouts: Sequence[Rollout], scorer: Scorer, vocabulary: Vocabulary) -> list[tuple[Sample, float]]:
-    """Samples with their rewards; a reward that was logged with the current version is not computed again."""
-    samples = [
-        Sample(prompt_text(r, vocabulary), tuple(r.prompt_token_ids), r.output_text, tuple(r.output_token_ids))
-        for r in rollouts
-    ]
-    if not samples:
-        return []
-    logged = [
-        {value.version: value.raw for value in rollout.rewards if value.name == scorer.name} for rollout in rollouts
-    ]
-    # Only a reply says which version is current, so at least one output is scored.
-    first = next((index for index, values in enumerate(logged) if not values), 0)
-    version = scorer.score([samples[first].reward_input]).version
-    missing = [index for index, values in enumerate(logged) if version not in values]
-    if missing:
-        reply = scorer.score([samples[index].reward_input for index in missing])
-        for index, reward in zip(missing, reply.rewards, strict=True):
-            logged[index][version] = reward
-    return [(sample, values[version]) for sample, values in zip(samples, logged, strict=True)]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from trimtab_training.interruption import Interruption
-from trimtab_training.policy import TailoredPolicy, TokenIds, evaluating, left_padded, position_ids
+from trimtab_training.padding import TokenIds, padded, position_ids
+from trimtab_training.policy import TailoredPolicy, evaluating
 
 
 class _CachedModel:
@@ -15,7 +16,7 @@ class _CachedModel:
 
     def __init__(self, model: Any, contexts: Sequence[TokenIds], device: torch.device) -> None:
         self._model = model
-        self._ids, self._mask = left_padded(contexts, device)
+        self._ids, self._mask = padded(contexts, left=True, device=device)
         self._cache: Any = None
 
     def next_logits(self, tokens: Tensor | None) -> Tensor:

@@ -26,6 +26,8 @@ class TransformConfig(ConfigSection):
     """KL weight that `optimal` is optimal for; left out, the objective's own."""
     num_reference: int = Field(default=32, ge=1, le=4096)
     """Rollouts of the base per training prompt that calibrate the reward. For exponential transforms take 100."""
+    reference_from_log: bool = True
+    """Whether the gateway's log is searched for such rollouts before they are drawn; only where the gateway draws."""
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:

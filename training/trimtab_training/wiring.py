@@ -1,15 +1,18 @@
 """The parts of a training run, built from its configuration."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError
+from trimtab_adapters.contract.errors import ConflictError, IntegrityError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
+from trimtab_training.base_logits_cache import BaseLogitsCache
 from trimtab_training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -17,9 +20,12 @@ from trimtab_training.checkpoint import (
     restore_learner,
 )
 from trimtab_training.config import TrainConfig
+from trimtab_training.distillation.fidelity import FIDELITY_FILE
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
+from trimtab_training.logits_reader import LogitsReader, PackedReader, PaddedReader
+from trimtab_training.lora_training import load_lora, with_lora
 from trimtab_training.models import (
     AdapterStart,
     Vocabulary,
@@ -28,12 +34,13 @@ from trimtab_training.models import (
     load_causal_lm,
     num_output_columns,
 )
+from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.processes import Processes
 from trimtab_training.publish import INTERMEDIATE, VersionInfo, temporary_version
-from trimtab_training.rewards import GatewayScorer, LocalScorer, Scorer
+from trimtab_training.rewards import GatewayScorer, LocalScorer, RatedOnly, Scorer
 from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, RolloutSource
 from trimtab_training.transform_config import TransformConfig
 from trimtab_training.transforms import fit_to_served
@@ -74,17 +81,27 @@ def build_learner(
     num_bins = config.objective.num_bins if isinstance(config.objective, QuarkConfig) else 0
     if checkpoint is None:
         start = load_adapter_start(
-            models.adapter, vocabulary, num_bins=num_bins, seed=config.seed, device=models.device
+            models.adapter,
+            vocabulary,
+            num_bins=num_bins,
+            seed=config.seed,
+            device=models.device,
+            control_token_ids=config.objective.control_token_ids if isinstance(config.objective, QuarkConfig) else None,
+            can_grow=models.lora is None,
         )
+        if models.lora is not None:
+            start = replace(start, model=with_lora(start.model, models.lora, seed=config.seed))
     else:
-        adapter = load_causal_lm(checkpoint.adapter_path, dtype=torch.float32, device=models.device)
         run = checkpoint.run
+        source = checkpoint.adapter_path if models.lora is None else models.adapter
+        adapter = load_causal_lm(source, dtype=torch.float32, device=models.device)
+        if models.lora is not None:
+            adapter = load_lora(adapter, checkpoint.adapter_path)
         start = AdapterStart(adapter, run.control_token_ids, run.fixed_prefix, run.parent)
     base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
-    start.model.requires_grad_(True)
     learner = Learner(
-        TailoredPolicy(base, start.model, alpha=models.alpha, num_known=num_known),
+        build_policy(models, base, start.model, num_known=num_known),
         build_objective(config.objective, start, seed=config.seed),
         optimiser=config.optimiser,
         num_steps=config.steps,
@@ -95,12 +112,31 @@ def build_learner(
     return learner, start
 
 
+def build_policy(models: ModelsConfig, base: Any, adapter: Any, *, num_known: int) -> TailoredPolicy:
+    """Both models as the configuration wants them computed with."""
+    reader: LogitsReader = PaddedReader() if models.pack_tokens is None else PackedReader(models.pack_tokens)
+    base_reader = BaseLogitsCache(reader, int(models.base_cache_gib * 2**30)) if models.base_cache_gib else reader
+    if models.gradient_checkpointing:
+        adapter.gradient_checkpointing_enable()
+    return TailoredPolicy(
+        base,
+        adapter,
+        alpha=models.alpha,
+        num_known=num_known,
+        reader=reader,
+        base_reader=base_reader,
+        compute_dtype=getattr(torch, models.compute_dtype),
+    )
+
+
 def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
     """The reward that `config.reward` names.
 
     Raises:
         InvalidRequestError: It is local and no package publishes it.
     """
+    if config.reward.source == "feedback":
+        return RatedOnly(config.reward.name)
     if config.reward.source == "local":
         return LocalScorer.load(config.reward.name)
     return GatewayScorer(_connected(gateway), config.reward.name, batch_size=config.reward.batch_size)
@@ -151,8 +187,8 @@ def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> Tran
     transform = config.reward.transform
     if transform.kind != "served":
         return transform
-    best_of = 1
-    if gateway is not None and config.publish.route is not None:
+    best_of = 1  # also where people rate: there are no ratings of reference rollouts
+    if config.reward.source != "feedback" and gateway is not None and config.publish.route is not None:
         with contextlib.suppress(NotFoundError):
             best_of = int(gateway.route(config.publish.route).get("best_of") or 1)
     return fit_to_served(transform, best_of=best_of)
@@ -180,11 +216,13 @@ def version_info(
         prefix_token_ids=learner.objective.prefix,
         reward=reward,
         evaluation=evaluation,
+        trunk=config.models.adapter if config.models.lora is not None else None,
         training={
             **learner.objective.describe(),
             "objective": config.objective.model_dump(mode="json"),
             "reward_transform": transform.model_dump(mode="json", exclude_defaults=True),
             "base_model": str(config.models.base_model),
+            **approximation_of(config.models.base_model),
             "parent": parent,
             "alpha": config.models.alpha,
             "step": learner.step,
@@ -194,6 +232,21 @@ def version_info(
             "sampling": config.sampling.model_dump(mode="json"),
         },
     )
+
+
+def approximation_of(base_model: Path) -> dict[str, Any]:
+    """How close a distilled base is to what it stands in for, for the manifest; empty for any other base.
+
+    Raises:
+        IntegrityError: What says so cannot be read.
+    """
+    path = base_model / FIDELITY_FILE
+    if not path.exists():
+        return {}
+    try:
+        return {"approximate_policy": json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as exc:
+        raise IntegrityError(f"{path} cannot be read: {exc}") from exc
 
 
 @contextmanager

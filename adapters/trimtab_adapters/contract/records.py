@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trimtab_adapters.contract.feedback import Feedback
 from trimtab_adapters.contract.params import AdapterWeight
 
 ROLLOUT_SCHEMA_VERSION = 1
@@ -87,6 +88,13 @@ class RewardValue(BaseModel):
     """Of a mix: its rewards, each calibrated by itself, in the order of the mix's parts."""
 
 
+X_REQUEST_ID = "x_request_id"
+"""Entry of a rollout's metadata: the id that the caller gave the request."""
+
+RolloutEndpoint = Literal["completions", "chat.completions", "reference", "training"]
+"""What a rollout was generated for."""
+
+
 class Rollout(BaseModel):
     """One candidate, as logged by the gateway and read by training. One row per candidate, chosen or not."""
 
@@ -102,7 +110,7 @@ class Rollout(BaseModel):
     route: str
     """The model name that the caller used."""
     base_model: str
-    endpoint: Literal["completions", "chat.completions", "reference", "training"]
+    endpoint: RolloutEndpoint
     prompt: str | None = None
     """Prompt text where the caller sent text; None where token ids were sent."""
     prompt_token_ids: list[int]
@@ -124,10 +132,20 @@ class Rollout(BaseModel):
     candidate_index: int = 0
     num_candidates: int = 1
     chosen: bool = True
+    choice_index: int | None = None
+    """Its index among the choices of the answer; None of what was not returned, or was logged before there was this."""
     finish_reason: str | None = None
     rewards: list[RewardValue] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     """For example the training job that drew it."""
+    feedback: list[Feedback] = Field(default_factory=list)
+    """What people said of it so far, the earliest first; known only when it is read from the log."""
+
+    @property
+    def rating(self) -> float | None:
+        """Mean of its ratings; None without any."""
+        ratings = [item.rating for item in self.feedback if item.rating is not None]
+        return sum(ratings) / len(ratings) if ratings else None
 
     @property
     def is_plain(self) -> bool:

@@ -30,6 +30,10 @@ RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 WORKER_EXTENSION = "trimtab_adapters.vllm.worker_extension.TrimtabWorkerExtension"
 ENDPOINT_PLUGIN = "trimtab"
 DEFAULT_PORT = 8100
+KEEP_ALIVE_S = "75"
+"""Seconds that vLLM's server keeps an idle connection. With its own 5 a server that has stood still for a moment, on a
+busy machine say, closes connections on which requests wait: uvloop runs timers before it reads what has come in."""
+
 DEFAULT_CPU_KV_GIB = "4"
 """The base's KV cache on a CPU, as in the Compose file."""
 _MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
@@ -144,6 +148,7 @@ def _prepare_environment(argv: list[str], model_runner: str | None = None) -> No
         os.environ["VLLM_PLUGINS"] = ",".join([*filter(None, allowed.split(",")), ENDPOINT_PLUGIN])
     _prepare_runner(model_runner)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", KEEP_ALIVE_S)
     if not any(argument.split("=")[0] in _MEMORY_FLAGS for argument in argv):
         # Only vLLM's CPU backend reads it. Without it an engine wants nearly all memory of the machine to be free.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_GIB)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import Guidance
+from trimtab_adapters.contract.records import X_REQUEST_ID
 from trimtab_server.api.calibration_field import CalibrationField
 from trimtab_server.api.chat_request import ChatBody
 from trimtab_server.api.request_fields import GenerationBody
@@ -96,7 +97,7 @@ def rollout_metadata(request: Request, body: GenerationBody) -> dict[str, Any]:
     if body.user is not None:
         metadata["user"] = body.user
     if request.state.has_caller_request_id:
-        metadata["x_request_id"] = request.state.request_id
+        metadata[X_REQUEST_ID] = request.state.request_id
     if isinstance(body, ChatBody) and body.metadata:
         metadata["metadata"] = body.metadata
     return metadata

@@ -1,5 +1,6 @@
 """`trimtab rollouts`."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ _COLUMNS = {
     "text": "OUTPUT",
 }
 _EXCERPT = 60
+_NOT_CONDITIONS = ("output", "export_format", "limit", "url", "admin_key", "as_json")
+_SWITCHES = ("chosen_only", "whole_requests")
 
 
 class Format(StrEnum):
@@ -38,10 +41,32 @@ Endpoint = Annotated[
 ]
 Since = Annotated[float | None, typer.Option(help="Only rollouts completed at or after this Unix time.")]
 Until = Annotated[float | None, typer.Option(help="Only rollouts completed before this Unix time.")]
+BaseModelName = Annotated[
+    str | None, typer.Option("--base-model", help="Only rollouts of the base model of this public name.")
+]
+Steered = Annotated[
+    bool | None, typer.Option("--steered/--unsteered", help="Only rollouts that an adapter steered, or none did.")
+]
+RequestId = Annotated[str | None, typer.Option(help="Only rollouts of the answer with this id.")]
 ChosenOnly = Annotated[bool, typer.Option("--chosen-only", help="Only candidates that were returned.")]
+HasFeedback = Annotated[
+    bool | None, typer.Option("--with-feedback/--without-feedback", help="Only rollouts with feedback, or without.")
+]
+MinRating = Annotated[float | None, typer.Option(help="Only rollouts whose ratings have at least this mean.")]
+MaxRating = Annotated[float | None, typer.Option(help="Only rollouts whose ratings have at most this mean.")]
+Reward = Annotated[str | None, typer.Option(help="Only rollouts that this reward scored.")]
+MinReward = Annotated[float | None, typer.Option(help="Only rollouts to which --reward gave at least this.")]
+MaxReward = Annotated[float | None, typer.Option(help="Only rollouts to which --reward gave at most this.")]
+MinCalibrated = Annotated[float | None, typer.Option(help="Only rollouts of at least this calibrated --reward.")]
+MaxCalibrated = Annotated[float | None, typer.Option(help="Only rollouts of at most this calibrated --reward.")]
+WholeRequests = Annotated[
+    bool,
+    typer.Option("--whole-requests", help="With conditions on feedback or reward: all candidates of such requests."),
+]
 
 
 def export(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     export_format: Annotated[Format, typer.Option("--format", help="File format.")] = Format.parquet,
     route: Route = None,
@@ -50,13 +75,25 @@ def export(
     endpoint: Endpoint = None,
     since: Since = None,
     until: Until = None,
+    base_model: BaseModelName = None,
+    steered: Steered = None,
+    request_id: RequestId = None,
     chosen_only: ChosenOnly = False,
+    has_feedback: HasFeedback = None,
+    min_rating: MinRating = None,
+    max_rating: MaxRating = None,
+    reward: Reward = None,
+    min_reward: MinReward = None,
+    max_reward: MaxReward = None,
+    min_calibrated: MinCalibrated = None,
+    max_calibrated: MaxCalibrated = None,
+    whole_requests: WholeRequests = False,
     limit: Annotated[int | None, typer.Option(help="Most rollouts to export, oldest first.")] = None,
     url: Url = DEFAULT_URL,
     admin_key: AdminKey = None,
 ) -> None:
     """Write logged rollouts to a file, oldest first."""
-    filters = _filters(route, adapter, version, endpoint, since, until, chosen_only)
+    filters = _filters(context.params)
     params = {**filters, "limit": limit, "format": export_format.value}
     with AdminClient(url, admin_key) as client:
         size_bytes = client.download("rollouts", "export", params=params, target=output)
@@ -64,20 +101,33 @@ def export(
 
 
 def list_rollouts(
+    context: typer.Context,
     route: Route = None,
     adapter: Adapter = None,
     version: Version = None,
     endpoint: Endpoint = None,
     since: Since = None,
     until: Until = None,
+    base_model: BaseModelName = None,
+    steered: Steered = None,
+    request_id: RequestId = None,
     chosen_only: ChosenOnly = False,
+    has_feedback: HasFeedback = None,
+    min_rating: MinRating = None,
+    max_rating: MaxRating = None,
+    reward: Reward = None,
+    min_reward: MinReward = None,
+    max_reward: MaxReward = None,
+    min_calibrated: MinCalibrated = None,
+    max_calibrated: MaxCalibrated = None,
+    whole_requests: WholeRequests = False,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Most rollouts to list, oldest first.")] = 20,
     url: Url = DEFAULT_URL,
     admin_key: AdminKey = None,
     as_json: AsJson = False,
 ) -> None:
     """List logged rollouts, oldest first."""
-    filters = _filters(route, adapter, version, endpoint, since, until, chosen_only)
+    filters = _filters(context.params)
     with AdminClient(url, admin_key) as client:
         found = client.get("rollouts", params={**filters, "limit": limit})["data"]
     rows = found if as_json else [_row(rollout) for rollout in found]
@@ -92,23 +142,13 @@ def build_rollouts_commands() -> typer.Typer:
     return group
 
 
-def _filters(
-    route: str | None,
-    adapter: str | None,
-    version: str | None,
-    endpoint: str | None,
-    since: float | None,
-    until: float | None,
-    chosen_only: bool,
-) -> dict[str, Any]:
+def _filters(options: Mapping[str, Any]) -> dict[str, str]:
+    """The query parameters among a command's options; what is not given, or not switched on, is left out."""
+    given = {name: value for name, value in options.items() if value is not None and name not in _NOT_CONDITIONS}
     return {
-        "route": route,
-        "adapter": adapter,
-        "version": version,
-        "endpoint": endpoint,
-        "since": since,
-        "until": until,
-        "chosen_only": "true" if chosen_only else None,
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in given.items()
+        if value or name not in _SWITCHES
     }
 
 

@@ -22,7 +22,7 @@ def rollouts_of(result: JobResult) -> list[Rollout]:
                 result,
                 prompt_index,
                 selection.candidate,
-                is_chosen=selection.rank < job.n,
+                choice_index=prompt_index * job.n + selection.rank if selection.rank < job.n else None,
                 num_candidates=selection.num_candidates,
                 reward=selection.reward,
             )
@@ -39,7 +39,7 @@ def _rollout(
     prompt_index: int,
     candidate: Candidate,
     *,
-    is_chosen: bool,
+    choice_index: int | None,
     num_candidates: int,
     reward: RewardValue | None,
 ) -> Rollout:
@@ -68,7 +68,8 @@ def _rollout(
             "flipped": record.flipped if record else None,
             "sampling": sampling,
             "num_candidates": num_candidates,
-            "chosen": is_chosen,
+            "chosen": choice_index is not None,
+            "choice_index": choice_index,
             "rewards": [reward] if reward is not None else [],
         }
     )

@@ -62,7 +62,8 @@ _NUM_POOLS = 32
 def build_engine_client(api_key: str | None = None) -> httpx.AsyncClient:
     """An HTTP client for engines: no proxy from the environment, no limit on connections.
 
-    Idle connections are dropped well before vLLM's server drops them (5 s), so that no request meets a closing one.
+    Idle connections are dropped long before the engine's server drops them (75 s, `launch.KEEP_ALIVE_S`), so that no
+    request meets a closing one.
 
     Args:
         api_key: The key that the engine was started with, if any.

@@ -8,11 +8,12 @@ from typing import Protocol
 
 from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError
 from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_adapters.contract.selection_cap import SelectionCap
 from trimtab_server.overoptimization.cap_fit import ScoredPool, choose_max_n, fit_selection_cap
 from trimtab_server.overoptimization.sample_pools import PoolCollector, SamplePool
 from trimtab_server.overoptimization.selection_caps import SelectionCaps
-from trimtab_server.storage.base import RolloutFilter, RolloutReader
+from trimtab_server.storage.base import RolloutReader
 
 DEFAULT_LIMIT = 50_000
 _CHUNK = 64

@@ -10,6 +10,7 @@ from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, Ste
 from trimtab_adapters.contract.pooled_calibration import PooledCalibrator
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_adapters.contract.selection_cap import SelectionCap
 
 NO_OPTIONS = SteeringOptions()
@@ -88,20 +89,6 @@ class RolloutLog(Protocol):
     async def append(self, rollouts: Sequence[Rollout]) -> None:
         """Raises `StorageError`; nothing is lost silently."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutFilter:
-    """Which rollouts to read; None means any."""
-
-    route: str | None = None
-    adapter: str | None = None
-    version: str | None = None
-    endpoint: str | None = None
-    since: float | None = None
-    until: float | None = None
-    chosen_only: bool = False
-    limit: int | None = None
 
 
 class RolloutReader(Protocol):

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from trimtab_adapters.contract.errors import StorageError
 from trimtab_adapters.contract.records import Rollout
-from trimtab_server.storage.base import RolloutFilter, RolloutReader
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
+from trimtab_server.storage.base import RolloutReader
 
 ExportFormat = Literal["jsonl", "parquet"]
 
@@ -42,6 +43,14 @@ def parquet_schema() -> Any:
         ("calibration_error", pa.float64()),
         ("calibration_method", pa.string()),
         ("calibration_stale", pa.bool_()),
+    ]
+    said = [
+        ("rating", pa.float64()),
+        ("comment", pa.string()),
+        ("preferred_index", pa.int32()),
+        ("user", pa.string()),
+        ("created_at", pa.float64()),
+        ("updated_at", pa.float64()),
     ]
     mix = [*reward, ("parts", pa.list_(pa.struct(reward)))]
     fields = [
@@ -67,9 +76,11 @@ def parquet_schema() -> Any:
         pa.field("candidate_index", pa.int32(), nullable=False),
         pa.field("num_candidates", pa.int32(), nullable=False),
         pa.field("chosen", pa.bool_(), nullable=False),
+        pa.field("choice_index", pa.int32()),
         pa.field("finish_reason", pa.string()),
         pa.field("rewards", pa.list_(pa.struct(mix)), nullable=False),
         pa.field("metadata", pa.string(), nullable=False),
+        pa.field("feedback", pa.list_(pa.struct(said)), nullable=False),
     ]
     return pa.schema(fields)
 

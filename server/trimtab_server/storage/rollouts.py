@@ -2,19 +2,23 @@
 
 import base64
 import json
+import math
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, exists, select, tuple_
+from sqlalchemy import ColumnElement, Connection, FromClause, RowMapping, Select, exists, func, select, tuple_
 
 from trimtab_adapters.contract.calibration import prompt_key
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.feedback import Feedback
+from trimtab_adapters.contract.records import X_REQUEST_ID, Rollout
 from trimtab_adapters.contract.reference_policy import ReferencePolicy
-from trimtab_server.storage.base import RolloutFilter
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.storage.database import Database
-from trimtab_server.storage.tables import rollout_adapters, rollouts
+from trimtab_server.storage.feedback import feedback_of
+from trimtab_server.storage.tables import feedback, rollout_adapters, rollout_rewards, rollouts
 
 _BATCH = 500
 
@@ -28,10 +32,17 @@ class RolloutPage:
 
 
 def insert_rollouts(database: Database, connection: Connection, batch: Sequence[Rollout]) -> None:
-    """Write rollouts; those whose id is already there are left as they are."""
+    """Write rollouts; those whose id is already there are left as they are. Their feedback has a table of its own."""
     if not batch:
         return
-    rows = [{**rollout.model_dump(), **_sample_of(rollout)} for rollout in batch]
+    rows = [
+        {
+            **rollout.model_dump(exclude={"feedback"}),
+            **_sample_of(rollout),
+            "x_request_id": rollout.metadata.get(X_REQUEST_ID),
+        }
+        for rollout in batch
+    ]
     terms = [
         {"rollout_id": rollout.id, "position": position, "name": w.name, "version": w.version, "alpha": w.alpha}
         for rollout in batch
@@ -41,6 +52,10 @@ def insert_rollouts(database: Database, connection: Connection, batch: Sequence[
     if terms:
         keys = ["rollout_id", "position"]
         connection.execute(database.insert(rollout_adapters).on_conflict_do_nothing(index_elements=keys), terms)
+    scored = [row for rollout in batch for row in _reward_rows(rollout)]
+    if scored:
+        keys = ["rollout_id", "position"]
+        connection.execute(database.insert(rollout_rewards).on_conflict_do_nothing(index_elements=keys), scored)
 
 
 class SqlRolloutReader:
@@ -88,7 +103,8 @@ class SqlRolloutReader:
         statement = statement.order_by(rollouts.c.created_at, rollouts.c.id).limit(size)
 
         def fetch(connection: Connection) -> list[Rollout]:
-            return [_rollout(row) for row in connection.execute(statement).mappings()]
+            found = [_rollout(row) for row in connection.execute(statement).mappings()]
+            return _with_feedback(connection, found)
 
         return await self._database.read(fetch)
 
@@ -112,25 +128,75 @@ def decode_cursor(cursor: str) -> tuple[float, str]:
 
 
 def _matching(where: RolloutFilter) -> Select[Any]:
+    """`select_rollouts` as a statement."""
     statement = select(*(column for column in rollouts.columns if column.name in Rollout.model_fields))
-    if where.route is not None:
-        statement = statement.where(rollouts.c.route == where.route)
-    if where.endpoint is not None:
-        statement = statement.where(rollouts.c.endpoint == where.endpoint)
+    statement = statement.where(*_origin(where, rollouts))
+    if not where.asks_for_outcome:
+        return statement
+    if not where.whole_requests:
+        return statement.where(*_outcome(where, rollouts))
+    others = rollouts.alias("others")
+    matching = select(others.c.request_id).where(*_origin(where, others), *_outcome(where, others))
+    return statement.where(rollouts.c.request_id.in_(matching))
+
+
+def _origin(where: RolloutFilter, of: FromClause) -> list[ColumnElement[bool]]:
+    columns = of.c
+    found: list[ColumnElement[bool]] = []
+    for column in (columns.route, columns.base_model, columns.endpoint, columns.request_id):
+        if (wanted := getattr(where, column.name)) is not None:
+            found.append(column == wanted)
     if where.since is not None:
-        statement = statement.where(rollouts.c.created_at >= where.since)
+        found.append(columns.created_at >= where.since)
     if where.until is not None:
-        statement = statement.where(rollouts.c.created_at < where.until)
+        found.append(columns.created_at < where.until)
     if where.chosen_only:
-        statement = statement.where(rollouts.c.chosen)
+        found.append(columns.chosen)
+    term = rollout_adapters.c.rollout_id == columns.id
     if where.adapter is not None or where.version is not None:
-        term = rollout_adapters.c.rollout_id == rollouts.c.id
+        named = term
         if where.adapter is not None:
-            term &= rollout_adapters.c.name == where.adapter
+            named &= rollout_adapters.c.name == where.adapter
         if where.version is not None:
-            term &= rollout_adapters.c.version == where.version
-        statement = statement.where(exists().where(term))
-    return statement
+            named &= rollout_adapters.c.version == where.version
+        found.append(exists().where(named))
+    if where.steered is not None:
+        is_steered = exists().where(term & (rollout_adapters.c.alpha != 0.0))
+        found.append(is_steered if where.steered else ~is_steered)
+    return found
+
+
+def _outcome(where: RolloutFilter, of: FromClause) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = []
+    if where.has_feedback is not None:
+        has_feedback = exists().where(feedback.c.rollout_id == of.c.id)
+        found.append(has_feedback if where.has_feedback else ~has_feedback)
+    mean = select(func.avg(feedback.c.rating)).where(feedback.c.rollout_id == of.c.id).scalar_subquery()
+    found += _within(mean, where.min_rating, where.max_rating)
+    if where.reward is not None:
+        scored = [rollout_rewards.c.rollout_id == of.c.id, rollout_rewards.c.name == where.reward]
+        scored += _within(rollout_rewards.c.raw, where.min_reward, where.max_reward)
+        scored += _within(rollout_rewards.c.calibrated, where.min_calibrated, where.max_calibrated)
+        found.append(exists().where(*scored))
+    return found
+
+
+def _within(value: ColumnElement[float], low: float | None, high: float | None) -> list[ColumnElement[bool]]:
+    found = [value >= low] if low is not None else []
+    return [*found, value <= high] if high is not None else found
+
+
+def _with_feedback(connection: Connection, batch: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with what was said of them."""
+    statement = (
+        select(feedback)
+        .where(feedback.c.rollout_id.in_([rollout.id for rollout in batch]))
+        .order_by(feedback.c.created_at, feedback.c.rater)
+    )
+    said: defaultdict[str, list[Feedback]] = defaultdict(list)
+    for row in connection.execute(statement).mappings():
+        said[row["rollout_id"]].append(feedback_of(row))
+    return [r.model_copy(update={"feedback": said[r.id]}) if r.id in said else r for r in batch]
 
 
 def _sample_of(rollout: Rollout) -> dict[str, str | None]:
@@ -139,6 +205,20 @@ def _sample_of(rollout: Rollout) -> dict[str, str | None]:
     if policy is None:
         return {"policy": None, "prompt_key": None}
     return {"policy": policy.digest, "prompt_key": prompt_key(rollout.prompt_token_ids)}
+
+
+def _reward_rows(rollout: Rollout) -> list[dict[str, Any]]:
+    """By what rollouts are found by their rewards."""
+    return [
+        {
+            "rollout_id": rollout.id,
+            "position": position,
+            "name": value.name,
+            "raw": None if math.isnan(value.raw) else value.raw,
+            "calibrated": value.calibrated,
+        }
+        for position, value in enumerate(rollout.rewards)
+    ]
 
 
 def _rollout(row: RowMapping) -> Rollout:

@@ -7,6 +7,8 @@
 | `route_revisions` | every state that a route ever had; never changed, kept when a route is deleted |
 | `rollouts` | one row per candidate |
 | `rollout_adapters` | the terms of each rollout's steering, to filter by |
+| `rollout_rewards` | the rewards of each rollout, to filter by |
+| `feedback` | what people said of rollouts, one row per person |
 | `rewards` | rewards registered by the admin API |
 | `calibrators` | rewards of reference rollouts per prompt |
 | `pooled_calibrators` | calibrators for prompts never seen |
@@ -102,16 +104,20 @@ rollouts = Table(
     Column("candidate_index", Integer, nullable=False),
     Column("num_candidates", Integer, nullable=False),
     Column("chosen", Boolean, nullable=False),
+    Column("choice_index", Integer),
     Column("finish_reason", Text),
     Column("rewards", JsonText, nullable=False),
     Column("metadata", JsonText, nullable=False),
     # Of independent samples of a reference policy: which policy, and which prompt. Null for all others.
     Column("policy", String(64)),
     Column("prompt_key", String(64)),
+    # The id that the caller gave the request, where it gave one.
+    Column("x_request_id", String(128)),
     Index(None, "policy", "prompt_key", "created_at"),
     Index(None, "created_at", "id"),
     Index(None, "route", "created_at", "id"),
     Index(None, "request_id"),
+    Index(None, "x_request_id"),
 )
 
 rollout_adapters = Table(
@@ -124,6 +130,32 @@ rollout_adapters = Table(
     Column("alpha", Double, nullable=False),
     Index(None, "name", "version"),
     Index(None, "version"),
+)
+
+rollout_rewards = Table(
+    "rollout_rewards",
+    metadata,
+    Column("rollout_id", Text, ForeignKey("rollouts.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("name", Text, nullable=False),
+    # Null where it is NaN, which no database compares as it should.
+    Column("raw", Double),
+    Column("calibrated", Double),
+    Index(None, "name", "raw"),
+    Index(None, "name", "calibrated"),
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("rollout_id", Text, ForeignKey("rollouts.id", ondelete="CASCADE"), primary_key=True),
+    # Empty for everyone who was not named.
+    Column("rater", Text, primary_key=True),
+    Column("rating", Double),
+    Column("comment", ExactText),
+    Column("preferred_index", Integer),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
 )
 
 rewards = Table(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def events(response: httpx.Response) -> Iterator[Any]:
     for line in response.iter_lines():
         if line.startswith("data: "):
             yield line[6:] if line == "data: [DONE]" else json.loads(line[6:])
+
+
+def test_an_engine_that_stood_still_for_a_while_answers_what_was_sent_meanwhile(supervised: RunningGateway) -> None:
+    """vLLM's server drops idle connections after 5 s, and its event loop looks at its clock before it looks at what has
+    come in: after a stall it used to close a connection on which a request was waiting."""
+    body = {"model": "adapter", "prompt": "t1 t2", "max_tokens": 1}
+    leader = engine_processes(supervised.pid)[0]
+    with supervised.client() as client:
+        for _ in range(40):  # an idle connection in most of the gateway's pools
+            client.post("/v1/completions", json=body).raise_for_status()
+        leader.send_signal(signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(16) as pool:
+                answers = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(16)]
+                time.sleep(6)
+                leader.send_signal(signal.SIGCONT)
+                assert [answer.result().status_code for answer in answers] == [200] * 16
+        finally:
+            leader.send_signal(signal.SIGCONT)
 
 
 def test_a_killed_engine_is_an_error_event_then_503_then_service_again(supervised: RunningGateway) -> None:

@@ -19,6 +19,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "VLLM_NO_USAGE_STATS",
         "VLLM_API_KEY",
         "VLLM_CPU_KVCACHE_SPACE",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
     ):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back whatever the code sets
         monkeypatch.delenv(name)

@@ -30,7 +30,7 @@ def methods(kind: type) -> dict[str, typing.Any]:
 
 def test_both_clients_have_the_same_resources() -> None:
     assert resources(Client()).keys() == resources(AsyncClient()).keys()
-    assert len(PAIRS) == 10
+    assert len(PAIRS) == 11
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -30,6 +30,8 @@ async def test_every_candidate_is_logged_with_its_ids_and_logprobs(
     assert sorted(rollout.candidate_index for rollout in rollouts) == [0, 1, 2, 3]
     chosen = [rollout for rollout in rollouts if rollout.chosen]
     assert [rollout.output_text for rollout in chosen] == [choice["text"] for choice in data["choices"]]
+    assert [rollout.choice_index for rollout in chosen] == [0, 1]
+    assert {rollout.choice_index for rollout in rollouts if not rollout.chosen} == {None}
     first = chosen[0]
     assert (first.route, first.base_model, first.endpoint, first.prompt) == ("kind", "base", "completions", "Hi")
     assert first.prompt_token_ids == [72, 105]

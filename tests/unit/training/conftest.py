@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trimtab_adapters.contract.manifest import Manifest, read_manifest
+from trimtab_adapters.contract.records import Rollout
 from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_adapters.contract.rollout_filter import RolloutFilter, select_rollouts
 from trimtab_training.config import TrainConfig, parse_config
 from trimtab_training.gateway import GatewayClient, ScoreReply
 from trimtab_training.models import Vocabulary, load_vocabulary
@@ -154,6 +156,7 @@ class FakeGateway:
         self.requests: list[tuple[str, str, Any]] = []
         self.answers: list[httpx.Response | Exception] = []
         self.rollouts: list[str] = []
+        self.engine: dict[str, Any] | None = None
         self.versions: dict[str, Manifest] = {}
         self.retired: list[str] = []
         self.routes: dict[str, Any] = {}
@@ -192,7 +195,9 @@ class FakeGateway:
             case ["v1", "completions"]:
                 return httpx.Response(200, json={"choices": self._choices(body)})
             case ["admin", "rollouts", "export"]:
-                return httpx.Response(200, text="".join(line + "\n" for line in self.rollouts))
+                return httpx.Response(200, text="".join(line + "\n" for line in self._selected(body)))
+            case ["admin", "engines"]:
+                return httpx.Response(200, json={"data": [{"status": self.engine}]})
             case ["admin", "rewards", _, "score"]:
                 rewards = [item["output"].split().count(f"t{LUCKY}") for item in body["inputs"]]
                 return httpx.Response(200, json={"name": "lucky", "version": "9", "rewards": rewards})
@@ -220,6 +225,15 @@ class FakeGateway:
                 self.finished.append({"id": job, **body})
                 return httpx.Response(200, json={"id": job, "state": body["state"]})
         return httpx.Response(404, json={"error": {"message": f"no {path}", "code": "unknown_url"}})
+
+    def _selected(self, query: dict[str, str]) -> list[str]:
+        """The log's lines that a query selects; without conditions they are not even looked at."""
+        where = RolloutFilter.model_validate({name: value for name, value in query.items() if name != "format"})
+        if where == RolloutFilter():
+            return self.rollouts
+        lines = {json.loads(line)["id"]: line for line in self.rollouts}
+        found = select_rollouts((Rollout.model_validate_json(line) for line in self.rollouts), where)
+        return [lines[rollout.id] for rollout in found]
 
     def _choices(self, body: Any) -> list[Any]:
         prompt = body["prompt"]

@@ -6,7 +6,8 @@ import pytest
 from pydantic import BaseModel
 
 from trimtab_adapters.contract.errors import InvalidRequestError
-from trimtab_training.config import GatewayConfig, LoggedConfig, PromptFile, TrainConfig, load_config, parse_config
+from trimtab_training.config import GatewayConfig, PromptFile, TrainConfig, load_config, parse_config
+from trimtab_training.logged_config import LoggedConfig
 from trimtab_training.objective_config import QuarkConfig
 
 MINIMAL: dict[str, Any] = {
@@ -90,6 +91,11 @@ def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
         ({"prompts": {"type": "file", "path": "p"}, "logged": {"enabled": False}, "fresh": {"interval": 0}}, "learn"),
         ({"publish": {"route": "r"}, "evaluation": {"share": 0}}, "require_improvement"),
         ({"gateway": None}, "[gateway]"),
+        ({"logged": {"path": "log.csv"}}, "logged.path"),
+        ({"logged": {"min_reward": 0.5}}, "`reward`"),
+        ({"logged": {"min_rating": 2}}, "logged.min_rating"),
+        ({"objective": {"kind": "rloo"}, "fresh": {"num_per_prompt": 2}, "logged": {"min_rating": 0}}, "min_rating"),
+        ({"objective": {"kind": "rloo"}, "fresh": {"num_per_prompt": 2}, "logged": {"reward": "r"}}, "chosen by what"),
     ],
 )
 def test_a_bad_value_is_refused_and_named(change: dict[str, Any], named: str) -> None:
@@ -99,6 +105,43 @@ def test_a_bad_value_is_refused_and_named(change: dict[str, Any], named: str) ->
     with pytest.raises(InvalidRequestError) as error:
         parse_config(data)
     assert named in error.value.message
+
+
+RATED: dict[str, Any] = {
+    "reward": {"source": "feedback"},
+    "fresh": {"interval": 0, "num_per_prompt": 2},
+    "evaluation": {"share": 0},
+}
+
+
+@pytest.mark.parametrize("kind", ["quark", "rloo", "ppo"])
+def test_ratings_suffice_for_objectives_that_learn_from_a_log(kind: str) -> None:
+    assert parse_config(changed(**RATED, objective={"kind": kind})).reward.source == "feedback"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fresh": {"interval": 5}}, "nobody rates fresh rollouts"),
+        ({"evaluation": {"share": 0.1}}, "nobody rates its outputs"),
+        ({"reward": {"source": "feedback", "transform": {"kind": "calibrated"}}}, "reference rollouts"),
+        ({"objective": {"kind": "bonbon"}}, "quark, rloo or ppo"),
+        ({"objective": {"kind": "nlpo"}}, "quark, rloo or ppo"),
+        ({"objective": {"kind": "vbon"}}, "quark, rloo or ppo"),
+    ],
+)
+def test_ratings_do_not_suffice_for_what_nobody_rated(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        parse_config(changed(**{**RATED, **change}))
+
+
+def test_rollouts_from_files_need_no_gateway() -> None:
+    local = {"gateway": None, "fresh": {"source": "local"}, "reward": {"source": "local"}}
+    with pytest.raises(InvalidRequestError, match=r"without logged\.path"):
+        parse_config(changed(**local))
+    config = parse_config(changed(**local, logged={"path": "log.parquet"}))
+    assert config.logged.path == (Path("log.parquet"),)
+    assert parse_config(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "steps.x=3"])

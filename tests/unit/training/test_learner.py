@@ -136,3 +136,19 @@ def test_two_processes_take_the_step_that_one_takes(make_config: Any, vocabulary
     assert metrics.num_units == expected.num_units
     assert (metrics.loss, metrics.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-4)
     assert metrics.figures == pytest.approx(dict(expected.figures), rel=1e-4)
+
+
+def test_how_the_models_are_computed_with_is_a_matter_of_the_configuration(
+    make_config: Any, vocabulary: Vocabulary
+) -> None:
+    """Packing, a cache of the base's logits and checkpointing give the step that padding gives."""
+    rollouts = [ScoredRollout((1, 2), tuple(range(3, 5 + i)), float(i), group=i) for i in range(5)]
+    metrics = []
+    for models in ({}, {"pack_tokens": 64, "base_cache_gib": 0.1, "gradient_checkpointing": True}):
+        built, _ = build_learner(make_config(models=models, optimiser={"batch_size": 5}), vocabulary, None)
+        built.add_rollouts(rollouts)
+        metrics.append([built.train_step().flat() for _ in range(3)])
+    plain, changed = metrics
+    for expected, got in zip(plain, changed, strict=True):
+        assert got == pytest.approx(expected, rel=1e-3)
+    assert built.policy.adapter.is_gradient_checkpointing

@@ -10,43 +10,18 @@ from transformers import AutoModelForCausalLM
 
 from trimtab_adapters.contract.errors import EngineError, InvalidRequestError
 from trimtab_adapters.contract.params import SteeringOptions, SteeringRequest
-from trimtab_adapters.contract.records import RewardValue, Rollout
-from trimtab_training.config import LoggedConfig, SamplingConfig
-from trimtab_training.gateway import ScoreReply
+from trimtab_training.config import SamplingConfig
 from trimtab_training.models import Vocabulary
 from trimtab_training.policy import TailoredPolicy
-from trimtab_training.prompts import Prompt, prompts_of
+from trimtab_training.prompts import Prompt
 from trimtab_training.rollouts import (
     NO_OPERATORS,
     GatewaySource,
     LocalSource,
     NamedVersion,
-    read_logged,
-    score_logged,
 )
 
 PROMPTS = [Prompt("t1 t2"), Prompt("t3", (3,))]
-
-
-def rollout(index: int, output: tuple[int, ...] = (7, 8), **fields: Any) -> Rollout:
-    return Rollout.model_validate(
-        {
-            "id": f"r{index}",
-            "request_id": "q",
-            "created_at": 0.0,
-            "duration_s": 0.0,
-            "route": "r",
-            "base_model": "b",
-            "endpoint": "completions",
-            "prompt": "t1",
-            "prompt_token_ids": [1],
-            "output_text": " ".join(f"t{token}" for token in output),
-            "output_token_ids": list(output),
-            "steering": [],
-            "finish_reason": "stop",
-            **fields,
-        }
-    )
 
 
 def source(client: Any, sampling: SamplingConfig) -> tuple[GatewaySource, list[str]]:
@@ -73,6 +48,9 @@ def test_steered_requests_name_the_current_version_and_fair_sampling(gateway: An
     bodies = sorted(gateway.bodies("/v1/completions"), key=lambda body: body["seed"])
     assert [body["prompt"] for body in bodies] == ["t1 t2", [3]]
     assert [body["seed"] for body in bodies] == [100, 103]  # candidate i gets seed + i: no two alike
+    # What is not said would be the base model's own defaults, which may cut the distribution.
+    neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert all({key: body[key] for key in neutral} == neutral for body in bodies)
     wanted = {"model": "m", "n": 3, "best_of": 3, "max_tokens": 9, "temperature": 0.7, "top_p": 0.8, "stop": ["."]}
     for body in bodies:
         assert {key: body[key] for key in wanted} == wanted
@@ -138,77 +116,8 @@ def test_a_prompt_that_leaves_no_room_is_refused(local: LocalSource) -> None:
         local.draw([Prompt("", tuple([3] * 124))], num_per_prompt=1, seed=0, steered=True)
 
 
-def test_the_log_is_filtered_and_broken_rollouts_are_left_out(gateway: Any) -> None:
-    kept = [rollout(0), rollout(1, finish_reason="length")]
-    broken = [rollout(2, finish_reason=None), rollout(3, ()), rollout(4, finish_reason="abort")]
-    gateway.rollouts = [entry.model_dump_json() for entry in (*kept, *broken)]
-    with gateway.client() as client:
-        assert read_logged(client, LoggedConfig(route="r", since=2.5, limit=9)) == kept
-    assert gateway.bodies("/admin/rollouts/export") == [{"format": "jsonl", "route": "r", "since": "2.5", "limit": "9"}]
-
-
-def test_rollouts_with_operators_are_left_out_and_counted_unless_they_are_asked_for(
-    gateway: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain = rollout(0, sampling={"temperature": 0.5})
-    operated = [
-        rollout(1, sampling={"steering_operators": {"max_kl": 0.5}}, adapter_logprobs=[[None, -0.5]]),
-        rollout(2, sampling={"guidance": {"token_ids": [1], "scale": 1.5}}),
-    ]
-    gateway.rollouts = [entry.model_dump_json() for entry in (plain, *operated)]
-    with gateway.client() as client:
-        assert read_logged(client, LoggedConfig()) == [plain]
-        assert "skipped 2 logged rollouts that were steered with operators" in caplog.text
-        assert read_logged(client, LoggedConfig(with_operators=True)) == [plain, *operated]
-    assert gateway.bodies("/admin/rollouts/export") == [{"format": "jsonl"}] * 2
-
-
 def test_what_training_draws_takes_every_option_of_a_route_away() -> None:
     given = SteeringRequest(**NO_OPERATORS)
     route = SteeringOptions(max_kl=1.0, plausibility=0.5, negative_prompt="x", guidance_scale=2.0)
     assert route.overridden_by(given) == SteeringOptions()
     assert NO_OPERATORS.keys() == SteeringOptions.model_fields.keys() - {"guidance_scale"}
-
-
-def test_prompts_of_the_log_are_distinct_and_decoded_where_ids_were_sent(vocabulary: Vocabulary) -> None:
-    rollouts = [rollout(0), rollout(1), rollout(2, prompt=None, prompt_token_ids=[4, 5])]
-    assert prompts_of(rollouts, vocabulary) == [Prompt("t1", (1,)), Prompt("t4 t5", (4, 5))]
-
-
-class CountingScorer:
-    """Version 2; rewards are the number of the output's words. Remembers what it was asked."""
-
-    name = "lucky"
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def score(self, inputs: Any) -> Any:
-        self.asked += [item.output for item in inputs]
-        return ScoreReply(rewards=[float(len(item.output.split())) for item in inputs], version="2")
-
-
-def value(version: str, raw: float, name: str = "lucky") -> RewardValue:
-    return RewardValue(name=name, version=version, raw=raw)
-
-
-def test_only_rewards_of_the_current_version_are_taken_from_the_log(vocabulary: Vocabulary) -> None:
-    rollouts = [
-        rollout(0, (1,), rewards=[value("2", 50.0)]),
-        rollout(1, (1, 2), rewards=[value("1", 60.0)]),
-        rollout(2, (1, 2, 3), rewards=[value("2", 70.0, name="other")]),
-        rollout(3, (1, 2, 3, 4)),
-    ]
-    scorer = CountingScorer()
-    pairs = score_logged(rollouts, scorer, vocabulary)
-    assert [reward for _, reward in pairs] == [50.0, 2.0, 3.0, 4.0]
-    assert "t1" not in scorer.asked
-    assert [sample.output_token_ids for sample, _ in pairs][1] == (1, 2)
-
-
-def test_a_fully_scored_log_needs_one_score_to_know_the_version(vocabulary: Vocabulary) -> None:
-    scorer = CountingScorer()
-    pairs = score_logged([rollout(i, (1,), rewards=[value("2", 5.0)]) for i in range(9)], scorer, vocabulary)
-    assert [reward for _, reward in pairs] == [5.0] * 9
-    assert scorer.asked == ["t1"]
-    assert score_logged([], scorer, vocabulary) == []

@@ -6,17 +6,19 @@ besides: a pool or a buffer, control tokens, advantages, a value model, adaptive
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from trimtab_training.policy import TailoredPolicy
 
 TokenIds = tuple[int, ...]
 Row = TypeVar("Row")
+Policy = TypeVar("Policy", contravariant=True, default=TailoredPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,8 @@ class ObjectiveState:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(Protocol[Row]):
-    """A method of training an adapter LM."""
+class Objective(Protocol[Row, Policy]):
+    """A method of training an adapter LM, or another model in its place."""
 
     @property
     def name(self) -> str:
@@ -99,7 +101,7 @@ class Objective(Protocol[Row]):
         """Whether it has used up what it had; pools never do."""
         ...
 
-    def add(self, rollouts: Sequence[ScoredRollout], policy: TailoredPolicy) -> Mapping[str, float]:
+    def add(self, rollouts: Sequence[ScoredRollout], policy: Policy) -> Mapping[str, float]:
         """Take in a round or the log; returns figures about it for the metrics.
 
         What the models cannot read (`TailoredPolicy.can_read`) has been left out before.
@@ -110,7 +112,7 @@ class Objective(Protocol[Row]):
         """Rows of the next step; the same in every process. At most `num_rows`."""
         ...
 
-    def loss(self, policy: TailoredPolicy, rows: Sequence[Row]) -> LossSum:
+    def loss(self, policy: Policy, rows: Sequence[Row]) -> LossSum:
         """The loss of some of these rows, at least one."""
         ...
 

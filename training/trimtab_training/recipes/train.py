@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from trimtab_training.config import PromptFile, TrainConfig
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.limits import LimitWatch, limited
+from trimtab_training.log_intake import LogIntake
+from trimtab_training.logged_references import logged_reference_scores
+from trimtab_training.logged_rollouts import RolloutSieve, read_logged
+from trimtab_training.logged_round import load_round, save_round
 from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.orders import AddRollouts, Begin, End, TakeStep
@@ -23,8 +28,8 @@ from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, r
 from trimtab_training.publish import VERSIONS, VersionInfo, register_version, sweep, write_version
 from trimtab_training.recipes.evaluate import evaluate
 from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
-from trimtab_training.rewards import Scorer, SingleVersionScorer
-from trimtab_training.rollouts import Sample, read_logged, score_logged
+from trimtab_training.rewards import RatedOnly, Scorer, SingleVersionScorer
+from trimtab_training.rollouts import Sample
 from trimtab_training.run_directory import held
 from trimtab_training.tracking import Listener, Tracker
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
@@ -167,6 +172,11 @@ class _Run:
         self.held_out: list[Prompt] = []
         self.transform_config = served_transform(config, gateway)
         self.transform = RewardTransform(None, {})
+        self.logged_round: list[ScoredRollout] = []
+
+    @property
+    def _round_path(self) -> Path:
+        return self.config.output_dir / "logged_round.npz"
 
     def execute(self, tracker: Tracker) -> TrainResult:
         """The recipe, top to bottom."""
@@ -198,29 +208,37 @@ class _Run:
         if not self.is_new:
             self.train_prompts, self.held_out = load_split(split)
             self._calibrate(tracker)
+            self.logged_round = load_round(self._round_path) if self._round_path.exists() else []
             return
         self._enter("reading the log", tracker)
-        logged = read_logged(self.gateway, self.config.logged) if self.gateway and self.config.logged.enabled else []
+        intake = LogIntake(self.config, self.vocabulary, is_on_policy=self.learner.objective.is_on_policy)
+        sieve = intake.whole_requests(read_logged(self.config.logged, self.gateway))
         prompts = self.config.prompts
         if isinstance(prompts, PromptFile):
             found = read_prompts(prompts.path, self.vocabulary)
         else:
-            found = prompts_of(logged, self.vocabulary)
+            found = prompts_of(sieve.rollouts, self.vocabulary)
         self.train_prompts, self.held_out = hold_out(found, self.config.evaluation.share, seed=self.config.seed)
         if not self.train_prompts:
             raise InvalidRequestError("there are no prompts to train on: the log holds no usable rollout")
         save_split(split, self.train_prompts, self.held_out)
         self._calibrate(tracker)
-        held_out = {prompt.key for prompt in self.held_out}
-        pairs = [
-            (sample, reward)
-            for sample, reward in score_logged(logged, self.scorer, self.vocabulary)
-            if sample.prompt not in held_out and self.transform.knows(sample.prompt)
-        ]
-        if self.learner.objective.is_on_policy:
-            pairs = [(sample, reward) for sample, reward in pairs if sample.steered_logprobs is not None]
-        self._learn_from([sample for sample, _ in pairs], [reward for _, reward in pairs])
-        logger.info("%d of %d logged rollouts are learned from", self.learner.objective.num_rollouts, len(logged))
+        intake.sift(sieve, train=self.train_prompts, held_out=self.held_out, transform=self.transform)
+        self._learn_from_log(sieve, intake, tracker)
+
+    def _learn_from_log(self, sieve: RolloutSieve, intake: LogIntake, tracker: Tracker) -> None:
+        """Give what is left of the log to the objective; one that forgets keeps it, where nothing else will come."""
+        figures = sieve.figures()
+        sieve.report()
+        if sieve.rollouts:
+            rollouts = self._scored(*intake.rewarded(sieve.rollouts, self.scorer))
+            if self.config.reward.source == "feedback":
+                self.scorer.version = RatedOnly.version
+            if self.learner.objective.is_on_policy and not self.config.fresh.interval:
+                self.logged_round = rollouts
+                save_round(self._round_path, rollouts)
+            figures |= self._learn_from(rollouts)
+        tracker.log(self.learner.step, {f"log/{name}": value for name, value in figures.items()})
 
     def _draw_round_if_due(self, tracker: Tracker) -> None:
         """Draw and score the round of this step, if it has one; only a complete round is learned from.
@@ -228,8 +246,12 @@ class _Run:
         Round 0 of an objective with a pool comes from the base alone and is left out when the log has given enough.
         """
         config, objective = self.config.fresh, self.learner.objective
-        number = self.next_round if objective.is_on_policy else self.learner.step // max(1, config.interval)
-        if not (objective.wants_round if objective.is_on_policy else config.interval and number >= self.next_round):
+        if not config.interval:
+            if objective.is_on_policy and objective.wants_round and self.logged_round:
+                self._learn_from(self.logged_round)
+            return
+        number = self.next_round if objective.is_on_policy else self.learner.step // config.interval
+        if not (objective.wants_round if objective.is_on_policy else number >= self.next_round):
             return
         if objective.is_on_policy or number > 0 or objective.num_rollouts < config.min_pool_size:
             self._enter("drawing rollouts", tracker)
@@ -243,7 +265,7 @@ class _Run:
             )
             samples = [sample for group in drawn for sample in group]
             rewards = self.scorer.score([sample.reward_input for sample in samples]).rewards
-            figures = {**self._learn_from(samples, rewards), "mean_reward": float(np.mean(rewards))}
+            figures = {**self._learn_from(self._scored(samples, rewards)), "mean_reward": float(np.mean(rewards))}
             if objective.wants_round:
                 raise InvalidRequestError("a round of rollouts gave nothing to learn from: none of them can be used")
             tracker.log(self.learner.step, {f"rollouts/{name}": value for name, value in figures.items()})
@@ -251,11 +273,11 @@ class _Run:
             tracker.say("training")
         self.next_round = number + 1
 
-    def _learn_from(self, samples: Sequence[Sample], rewards: Sequence[float]) -> dict[str, float]:
-        """Give samples with their rewards, transformed, to the objective."""
+    def _scored(self, samples: Sequence[Sample], rewards: Sequence[float]) -> list[ScoredRollout]:
+        """Samples with their rewards, transformed."""
         values = self.transform([sample.prompt for sample in samples], rewards)
         groups: dict[str, int] = {}
-        rollouts = [
+        return [
             ScoredRollout(
                 sample.prompt_token_ids,
                 sample.output_token_ids,
@@ -266,11 +288,14 @@ class _Run:
             )
             for sample, value in zip(samples, values, strict=True)
         ]
+
+    def _learn_from(self, rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
+        """Give rollouts to the objective."""
         self.processes.from_first(AddRollouts(rollouts))
         figures = self.learner.add_rollouts(rollouts)
         if figures["num_unreadable"]:
             logger.warning(
-                "%d of %d rollouts are empty, too long or hold unknown tokens", figures["num_unreadable"], len(samples)
+                "%d of %d rollouts are empty, too long or hold unknown tokens", figures["num_unreadable"], len(rollouts)
             )
         return figures
 
@@ -282,13 +307,14 @@ class _Run:
         path = self.config.output_dir / "reference_rewards.json"
         if self.is_new:
             self._enter("calibrating", tracker)
+            known = logged_reference_scores(self.config, self.gateway, self.train_prompts, self.vocabulary, self.scorer)
+            size = self.transform_config.num_reference
             scores = draw_reference_scores(
-                self.source,
-                self.scorer,
-                self.train_prompts,
-                size=self.transform_config.num_reference,
-                seed=self._draw_seed(1 << 30),
+                self.source, self.scorer, self.train_prompts, size=size, seed=self._draw_seed(1 << 30), known=known
             )
+            num_known = sum(map(len, known.values()))
+            figures = {"num_from_log": num_known, "num_drawn": size * len(self.train_prompts) - num_known}
+            tracker.log(self.learner.step, {f"calibration/{name}": float(num) for name, num in figures.items()})
             save_reference_scores(path, scores)
         self.transform = RewardTransform(transform, load_reference_scores(path, reward=self.scorer.name))
 

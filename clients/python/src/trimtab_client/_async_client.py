@@ -6,7 +6,7 @@ from typing import Self
 import httpx
 
 from trimtab_client._async_admin import AsyncAdmin
-from trimtab_client._async_resources import AsyncChat, AsyncCompletions, AsyncModels
+from trimtab_client._async_resources import AsyncChat, AsyncCompletions, AsyncFeedbacks, AsyncModels
 from trimtab_client._base import DEFAULT_BASE_URL, DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT, ClientOptions
 from trimtab_client._caller import AsyncCaller
 
@@ -47,6 +47,7 @@ class AsyncClient:
         self.completions = AsyncCompletions(self._caller)
         self.chat = AsyncChat(self._caller)
         self.models = AsyncModels(self._caller)
+        self.feedback = AsyncFeedbacks(self._caller)
         self.admin = AsyncAdmin(self._caller)
 
     async def close(self) -> None:

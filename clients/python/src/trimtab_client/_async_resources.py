@@ -6,7 +6,17 @@ from typing import Unpack
 from trimtab_client import _operations as operations
 from trimtab_client._caller import AsyncCaller
 from trimtab_client._stream import AsyncStream
-from trimtab_client.types import ChatCompletion, ChatParams, Completion, CompletionParams, Message, Model, Prompt
+from trimtab_client.types import (
+    ChatCompletion,
+    ChatParams,
+    Completion,
+    CompletionParams,
+    Feedback,
+    FeedbackParams,
+    Message,
+    Model,
+    Prompt,
+)
 
 
 class AsyncCompletions:
@@ -45,6 +55,25 @@ class AsyncChat:
     ) -> AsyncStream[ChatCompletion]:
         """Answer a conversation piece by piece; the last chunk carries `usage` and no choice."""
         return AsyncStream(self._caller, operations.create_chat(model, messages, params, stream=True))
+
+
+class AsyncFeedbacks:
+    """`/v1/feedback`: what people think of answers."""
+
+    def __init__(self, caller: AsyncCaller) -> None:
+        self._caller = caller
+
+    async def create(
+        self, *, completion_id: str | None = None, request_id: str | None = None, **params: Unpack[FeedbackParams]
+    ) -> Feedback:
+        """Say what somebody thinks of a choice; the same user's earlier word about it is replaced.
+
+        Args:
+            completion_id: The answer's `id`.
+            request_id: In its place, the `x-request-id` that the request was sent with.
+            **params: What is thought, of which choice, and by whom.
+        """
+        return await self._caller.send(operations.give_feedback(completion_id, request_id, params))
 
 
 class AsyncModels:

@@ -8,7 +8,7 @@ import httpx
 from trimtab_client._admin import Admin
 from trimtab_client._base import DEFAULT_BASE_URL, DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT, ClientOptions
 from trimtab_client._caller import Caller
-from trimtab_client._resources import Chat, Completions, Models
+from trimtab_client._resources import Chat, Completions, Feedbacks, Models
 
 
 class Client:
@@ -46,6 +46,7 @@ class Client:
         self.completions = Completions(self._caller)
         self.chat = Chat(self._caller)
         self.models = Models(self._caller)
+        self.feedback = Feedbacks(self._caller)
         self.admin = Admin(self._caller)
 
     def close(self) -> None:

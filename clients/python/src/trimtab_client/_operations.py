@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab_client._base import Operation, path_of
+from trimtab_client._base import Operation, given, path_of
 from trimtab_client._decode import decode, decode_list
 from trimtab_client.types import (
     ChatCompletion,
     ChatParams,
     Completion,
     CompletionParams,
+    Feedback,
+    FeedbackParams,
     Message,
     Model,
     Prompt,
@@ -28,6 +30,12 @@ def create_chat(
     """`POST /v1/chat/completions`."""
     body = _body({"model": model, "messages": list(messages)}, params, stream=stream)
     return Operation("POST", "/v1/chat/completions", lambda value: decode(ChatCompletion, value), body)
+
+
+def give_feedback(completion_id: str | None, request_id: str | None, params: FeedbackParams) -> Operation[Feedback]:
+    """`POST /v1/feedback`."""
+    body = {**given(completion_id=completion_id, request_id=request_id), **params}
+    return Operation("POST", "/v1/feedback", lambda value: decode(Feedback, value), body)
 
 
 def list_models() -> Operation[list[Model]]:

@@ -126,16 +126,49 @@ Message = Mapping[str, Any]
 """A chat message: `role`, `content` and what else OpenAI allows."""
 
 
+class FeedbackParams(TypedDict, total=False):
+    """What somebody thinks of a choice: at least one of the first four."""
+
+    rating: float
+    """From -1 to 1."""
+    thumbs: Literal["up", "down"]
+    """In the place of a rating: 1 or -1."""
+    comment: str
+    preferred_index: int
+    """Index of the choice of the same prompt that was liked best."""
+    index: int
+    """Which choice is meant; 0 when not given."""
+    user: str
+    """Who thinks so; the same one's next word takes the place of this one."""
+
+
 class RolloutFilter(TypedDict, total=False):
     """Which rollouts; what is not given does not restrict."""
 
     route: str
     adapter: str
     version: str
+    base_model: str
+    steered: bool
+    """By an adapter of a weight other than 0."""
     endpoint: Literal["completions", "chat.completions", "reference", "training"]
+    request_id: str
+    """The answer's `id`."""
     since: float
     until: float
     chosen_only: bool
+    has_feedback: bool
+    min_rating: float
+    max_rating: float
+    """Bounds on the mean of the ratings."""
+    reward: str
+    """A reward that scored them, on which the next four are bounds."""
+    min_reward: float
+    max_reward: float
+    min_calibrated: float
+    max_calibrated: float
+    whole_requests: bool
+    """Conditions on feedback and reward choose requests, and all candidates of a request are read."""
     limit: int
 
 
@@ -371,6 +404,21 @@ class ChatCompletion:
     usage: Usage | None = None
     steering: AppliedSteering | None = None
     candidates: list[CandidateReport] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What somebody thinks of a choice, as the gateway keeps it; times are Unix seconds."""
+
+    completion_id: str
+    index: int = 0
+    rating: float | None = None
+    comment: str | None = None
+    preferred_index: int | None = None
+    user: str | None = None
+    created_at: float = 0.0
+    updated_at: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,45 +1,22 @@
 """`/admin/rollouts`: read and export the rollout log."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import StreamingResponse
 
+from trimtab_adapters.contract.rollout_filter import RolloutConditions, RolloutFilter
 from trimtab_server.api.admin.json_io import JsonAnswer, list_answer
-from trimtab_server.storage.base import RolloutFilter
 from trimtab_server.storage.export import MEDIA_TYPES, ExportFormat, export_chunks
 from trimtab_server.storage.rollouts import SqlRolloutReader
 
 Flush = Callable[[], Awaitable[None]]
 """Brings every acknowledged rollout to the database, for example `SpooledRolloutLog.flush`."""
 
-_Name = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]+$")]
 
-
-class _Filters(BaseModel):
-    """Query parameters that both calls share."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    route: _Name | None = None
-    adapter: _Name | None = None
-    version: _Name | None = None
-    endpoint: Literal["completions", "chat.completions", "reference", "training"] | None = None
-    since: float | None = None
-    """Completed at or after this Unix time."""
-    until: float | None = None
-    """Completed before this Unix time."""
-    chosen_only: bool = False
-
-    def where(self, limit: int | None = None) -> RolloutFilter:
-        """As the log's reader wants it."""
-        names = ("route", "adapter", "version", "endpoint", "since", "until", "chosen_only")
-        return RolloutFilter(**{name: getattr(self, name) for name in names}, limit=limit)
-
-
-class PageQuery(_Filters):
+class PageQuery(RolloutConditions):
     """Query of `GET /admin/rollouts`."""
 
     limit: int = Field(default=100, ge=1, le=1000)
@@ -47,7 +24,7 @@ class PageQuery(_Filters):
     """`next_cursor` of the page before."""
 
 
-class ExportQuery(_Filters):
+class ExportQuery(RolloutConditions):
     """Query of `GET /admin/rollouts/export`."""
 
     format: ExportFormat = "jsonl"
@@ -66,16 +43,21 @@ def build_rollouts_router(reader: SqlRolloutReader, flush: Flush) -> APIRouter:
     @router.get("")
     async def page(query: Annotated[PageQuery, Query()]) -> JsonAnswer:
         await flush()
-        found = await reader.page(query.where(), size=query.limit, cursor=query.cursor)
+        found = await reader.page(_filter(query), size=query.limit, cursor=query.cursor)
         return list_answer(found.rollouts, has_more=found.cursor is not None, next_cursor=found.cursor)
 
     @router.get("/export")
     async def export(query: Annotated[ExportQuery, Query()]) -> StreamingResponse:
         await flush()
         return StreamingResponse(
-            export_chunks(reader, query.where(query.limit), query.format),
+            export_chunks(reader, _filter(query, query.limit), query.format),
             media_type=MEDIA_TYPES[query.format],
             headers={"Content-Disposition": f'attachment; filename="rollouts.{query.format}"'},
         )
 
     return router
+
+
+def _filter(query: RolloutConditions, limit: int | None = None) -> RolloutFilter:
+    given = query.model_dump(include=set(RolloutConditions.model_fields))
+    return RolloutFilter(**given, limit=limit)

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from fake_gateway import MemoryCatalog, asgi_client, serving
 from trimtab_adapters.contract.errors import NotFoundError, RewardError
 from trimtab_adapters.contract.rewards import RewardChoice, RewardInput
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server import cli
 from trimtab_server.api.admin.calibrators import Calibrators, build_calibrators_router
 from trimtab_server.calibration.fitting import CalibratorFitting
@@ -22,7 +23,6 @@ from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.errors import install_error_handlers
 from trimtab_server.rewards.resolved import ResolvedReward
-from trimtab_server.storage.base import RolloutFilter
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.identified_log import IdentifiedRolloutLog

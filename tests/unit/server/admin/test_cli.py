@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fake_gateway import serving
-from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_server import cli
 from trimtab_server.commands.errors import CommandError
 from trimtab_server.commands.routes import parse_term
@@ -137,6 +137,43 @@ async def test_operators_are_set_on_a_route_and_shown(run: Run) -> None:
     both = ("--negative-messages", "[]", "--negative-prompt", "x")
     assert "either" in await run("routes", "set", "nice", *both, status=1)
     assert "Expected a value <= 1" in await run("routes", "set", "nice", "--plausibility", "2", status=1)
+
+
+async def test_rollouts_are_chosen_by_every_condition_of_the_log(bench: Bench, run: Run, tmp_path: Path) -> None:
+    kindness = RewardValue(name="kindness", version="1", raw=0.5, calibrated=0.25)
+    common: dict[str, Any] = {
+        "request_id": "req",
+        "duration_s": 0.1,
+        "route": "nice",
+        "base_model": "base",
+        "endpoint": "completions",
+        "prompt_token_ids": [1],
+        "output_text": "x",
+        "output_token_ids": [2],
+        "steering": [],
+    }
+    rollouts = [
+        Rollout(id="a", created_at=1.0, **common),
+        Rollout(id="b", created_at=2.0, rewards=[kindness], **common),
+    ]
+    await bench.log.append(rollouts)
+    conditions: list[tuple[list[str], list[str]]] = [
+        ([], ["a", "b"]),
+        (["--unsteered", "--without-feedback", "--base-model", "base", "--request-id", "req"], ["a", "b"]),
+        (["--steered"], []),
+        (["--with-feedback"], []),
+        (["--min-rating", "-1"], []),
+        (["--max-rating", "1"], []),
+        (["--reward", "kindness", "--min-reward", "0.5", "--max-reward", "0.5"], ["b"]),
+        (["--reward", "kindness", "--min-calibrated", "0.25", "--max-calibrated", "0.25"], ["b"]),
+        (["--reward", "kindness", "--whole-requests"], ["a", "b"]),
+    ]
+    for arguments, expected in conditions:
+        assert [item["id"] for item in json.loads(await run("rollouts", "list", "--json", *arguments))] == expected
+        await run("rollouts", "export", "--format", "jsonl", "-o", str(tmp_path / "log"), *arguments)
+        lines = (tmp_path / "log").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == expected
+    assert "need `reward`" in await run("rollouts", "list", "--min-reward", "1", status=1)
 
 
 async def test_rollouts_are_listed_and_exported(bench: Bench, run: Run, tmp_path: Path) -> None:

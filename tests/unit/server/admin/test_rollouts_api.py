@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trimtab_adapters.contract.errors import EngineUnavailableError
-from trimtab_adapters.contract.records import Rollout
+from trimtab_adapters.contract.records import RewardValue, Rollout
 
 pytestmark = pytest.mark.anyio
 
@@ -54,8 +54,13 @@ async def test_numbers_and_texts_that_json_lacks_are_still_an_answer(bench: Benc
 
 
 async def test_filters_reach_the_log(bench: Bench) -> None:
+    reward = RewardValue(name="kindness", version="1", raw=0.5, calibrated=0.25)
     await bench.log.append(
-        [rollout("a", 1.0), rollout("b", 2.0, route="other", chosen=False), rollout("c", 3.0, endpoint="reference")]
+        [
+            rollout("a", 1.0),
+            rollout("b", 2.0, route="other", chosen=False, rewards=[reward]),
+            rollout("c", 3.0, endpoint="reference"),
+        ]
     )
     for query, expected in (
         ({"route": "nice"}, ["a", "c"]),
@@ -64,6 +69,12 @@ async def test_filters_reach_the_log(bench: Bench) -> None:
         ({"endpoint": "reference"}, ["c"]),
         ({"chosen_only": "true"}, ["a", "c"]),
         ({"adapter": "kind"}, []),
+        ({"base_model": "base", "steered": "false", "has_feedback": "false"}, ["a", "b", "c"]),
+        ({"steered": "true"}, []),
+        ({"has_feedback": "true"}, []),
+        ({"request_id": "req"}, ["a", "b", "c"]),
+        ({"reward": "kindness", "min_reward": 0.5, "max_calibrated": 0.25}, ["b"]),
+        ({"reward": "kindness", "min_reward": 0.5, "max_calibrated": 0.25, "whole_requests": "true"}, ["a", "b", "c"]),
     ):
         assert [item["id"] for item in (await bench.call("GET", "rollouts", params=query))["data"]] == expected
 
@@ -78,6 +89,10 @@ async def test_filters_reach_the_log(bench: Bench) -> None:
         {"endpoint": "embeddings"},
         {"cursor": "made-up"},
         {"surprise": 1},
+        {"min_reward": 0.5},
+        {"min_rating": 2},
+        {"max_calibrated": 1.5, "reward": "kindness"},
+        {"steered": "perhaps"},
         {"route": "nul\x00"},
     ],
 )

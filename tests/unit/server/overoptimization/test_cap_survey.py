@@ -7,9 +7,9 @@ import pytest
 from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError, NotFoundError, RewardError
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.overoptimization.cap_survey import CapSurvey
 from trimtab_server.overoptimization.selection_caps import MemorySelectionCapStore, SelectionCaps
-from trimtab_server.storage.base import RolloutFilter
 from turning_log import WordReward, rollout, turning_rollouts
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ import pytest
 
 from trimtab_adapters.contract.errors import StorageError
 from trimtab_adapters.contract.records import RewardValue, Rollout
-from trimtab_server.storage.base import RolloutFilter
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.storage.export import export_chunks, export_file, parquet_schema
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ import pytest
 from trimtab_adapters.contract.params import AdapterWeight
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.reference_policy import ReferencePolicy
-from trimtab_server.storage.base import RolloutFilter
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.identified_log import IdentifiedRolloutLog
 from trimtab_server.storage.reference_samples import SqlSampleLog

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from trimtab_adapters.contract.errors import StorageError
 from trimtab_adapters.contract.records import Rollout
-from trimtab_server.storage.base import RolloutFilter
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.rollout_log import REJECTED_FILE, RolloutMode, SpooledRolloutLog
 from trimtab_server.storage.rollouts import SqlRolloutReader

@@ -9,7 +9,7 @@ import pytest
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import AdapterWeight
 from trimtab_adapters.contract.records import Rollout
-from trimtab_server.storage.base import RolloutFilter
+from trimtab_adapters.contract.rollout_filter import RolloutFilter
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.rollouts import SqlRolloutReader, decode_cursor, encode_cursor, insert_rollouts
 
