@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 LOG_FILE = "job.log"
 _LEASE_MARGIN = 0.1
 """Share of the lease that is kept for ending the step at hand."""
+_BEATS_PER_LEASE = 4
+"""Fewest heartbeats in the time of a lease: some may be lost."""
 _LONGEST_ERROR = 20_000
 
 Recipe = Callable[[TrainConfig, Interruption, JobFeed], TrainResult]
@@ -44,7 +46,7 @@ class Worker:
         url: The gateway's address, for the job's own connection.
         output_dir: Where jobs keep their files.
         recipe: What a job runs.
-        heartbeat_s: Seconds between two signs of life; the gateway's lease must be longer.
+        heartbeat_s: Most seconds between two signs of life; a short lease makes them fewer.
         poll_s: Seconds between two questions for work.
     """
 
@@ -166,7 +168,7 @@ class _Heart:
         self._worker = worker
         self._interruption = interruption
         self._feed = feed
-        self._interval_s = interval_s
+        self._interval_s = min(interval_s, job.lease_s / _BEATS_PER_LEASE)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{job.id}", daemon=True)
 

@@ -6,7 +6,7 @@ A worker sends them with its heartbeats, numbered from 1 in each attempt, so tha
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, select, tuple_
+from sqlalchemy import ColumnElement, Connection, delete, select, tuple_
 
 from trimtab_server.storage.base import JobLine
 from trimtab_server.storage.database import Database
@@ -25,16 +25,13 @@ def store_lines(
 ) -> None:
     """Add lines of one attempt and delete all but the newest `keep`.
 
-    Metrics of an earlier attempt that lie behind the first of these are deleted: the run goes on from a checkpoint
-    before them and reports these steps again.
+    Metrics of an earlier attempt that this one reports again, as it goes on from a checkpoint before them, are deleted.
     """
     if not lines:
         return
     mine = (_TABLE.job_id == job_id) & (_TABLE.kind == kind)
-    steps = [line.step for line in lines if line.step is not None]
-    if steps:
-        repeated = (_TABLE.attempt < lines[0].attempt) & (_TABLE.step > min(steps))
-        connection.execute(delete(training_job_lines).where(mine, repeated))
+    if kind == "metrics":
+        _delete_repeated(connection, mine, lines)
     rows: list[Mapping[str, Any]] = [
         {"job_id": job_id, "kind": kind, "attempt": i.attempt, "number": i.number, "step": i.step, "content": i.content}
         for i in lines
@@ -46,6 +43,20 @@ def store_lines(
     if (last := connection.execute(oldest).one_or_none()) is not None:
         too_old = tuple_(_TABLE.attempt, _TABLE.number) <= tuple_(*last)
         connection.execute(delete(training_job_lines).where(mine, too_old))
+
+
+def _delete_repeated(connection: Connection, mine: ColumnElement[bool], lines: Sequence[JobLine]) -> None:
+    """Of earlier attempts: everything after the first of these steps, and what is reported of that step again."""
+    first = min(line.step or 0.0 for line in lines)
+    earlier = mine & (_TABLE.attempt < lines[0].attempt)
+    connection.execute(delete(training_job_lines).where(earlier, _TABLE.step > first))
+    reported = [line.content["figures"].keys() for line in lines if line.step == first]
+    same_step = select(_TABLE.attempt, _TABLE.number, _TABLE.content).where(earlier, _TABLE.step == first)
+    for attempt, number, content in connection.execute(same_step).all():
+        if content["figures"].keys() in reported:
+            connection.execute(
+                delete(training_job_lines).where(mine, _TABLE.attempt == attempt, _TABLE.number == number)
+            )
 
 
 def read_lines(connection: Connection, job_id: str, kind: Kind, *, tail: int) -> list[JobLine]:

@@ -143,6 +143,7 @@ class AdminBench:
     fake_engine: FakeEngine
     rewards: OneReward
     directory: Path
+    jobs: TrainingJobs
     scheduler: Scheduler
 
     async def call(self, method: str, path: str, expected: int = 200, **kwargs: Any) -> Any:
@@ -168,12 +169,12 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
     engine, fake_engine, rewards = ScriptedEngine(), FakeEngine(), OneReward()
     (tmp_path / "adapters").mkdir()
     reader = SqlRolloutReader(database)
-    schedules = TrainingSchedules(database)
+    jobs, schedules = TrainingJobs(database), TrainingSchedules(database)
     parts = AdminParts(
         catalog=catalog,
         reader=reader,
         flush=log.flush,
-        jobs=TrainingJobs(database),
+        jobs=jobs,
         schedules=schedules,
         rewards=rewards,
         cap_survey=CapSurvey(reader, log.flush, rewards, SelectionCaps(SqlSelectionCaps(database)), "base"),
@@ -193,6 +194,8 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
-        yield AdminBench(app, client, catalog, log, engine, fake_engine, rewards, tmp_path / "adapters", scheduler)
+        yield AdminBench(
+            app, client, catalog, log, engine, fake_engine, rewards, tmp_path / "adapters", jobs, scheduler
+        )
     await log.aclose()
     database.close()

@@ -125,9 +125,9 @@ def log(attempt: int, *numbers: int) -> list[JobLine]:
     return [JobLine(attempt, number, f"line {number}\x00") for number in numbers]
 
 
-def metrics(attempt: int, **steps: int) -> list[JobLine]:
+def metrics(attempt: int, *steps: tuple[int, str]) -> list[JobLine]:
     return [
-        JobLine(attempt, int(number[1:]), {"figures": {"a": attempt}}, float(step)) for number, step in steps.items()
+        JobLine(attempt, number, {"figures": {name: 0.5}}, float(step)) for number, (step, name) in enumerate(steps, 1)
     ]
 
 
@@ -148,15 +148,21 @@ async def test_log_lines_are_kept_once_and_the_newest_only(database: Database) -
 
 
 async def test_metrics_of_steps_that_are_taken_again_are_replaced(jobs: TrainingJobs, clock: Clock) -> None:
-    """The first attempt got to step 4, its checkpoint was at 2, so the second reports 3 and 4 again."""
+    """The first attempt got to step 4, its checkpoint was at 2, so the second begins with the round of 2."""
     job = await jobs.submit({"n": 1})
     await jobs.claim("w")
-    await jobs.heartbeat(job.id, "w", {}, attempt=1, metrics=metrics(1, n1=1, n2=2, n3=2, n4=3, n5=4))
+    first = metrics(1, (1, "loss"), (2, "loss"), (2, "round"), (3, "loss"), (4, "loss"))
+    await jobs.heartbeat(job.id, "w", {}, attempt=1, metrics=first)
     clock.now += 200
     await jobs.claim("w")
-    await jobs.heartbeat(job.id, "w", {}, attempt=2, metrics=metrics(2, n1=2, n2=3))
+    await jobs.heartbeat(job.id, "w", {}, attempt=2, metrics=metrics(2, (2, "round"), (3, "loss")))
     found = await jobs.lines(job.id, "metrics", tail=10)
-    assert [(line.attempt, line.step) for line in found] == [(1, 1), (1, 2), (1, 2), (2, 2), (2, 3)]
+    assert [(line.attempt, line.step, *line.content["figures"]) for line in found] == [
+        (1, 1, "loss"),
+        (1, 2, "loss"),
+        (2, 2, "round"),
+        (2, 3, "loss"),
+    ]
 
 
 async def test_the_last_words_of_a_cancelled_job_are_kept_but_not_those_of_a_lost_one(
