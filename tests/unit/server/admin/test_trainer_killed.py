@@ -86,7 +86,7 @@ def start_trainer(url: str, output_dir: Path) -> multiprocessing.Process:
 
 
 def is_beyond(attempt: int, step: int, found: dict[str, Any]) -> bool:
-    return found["attempt"] == attempt and found["progress"].get("step", 0) > step
+    return bool(found["attempt"] == attempt and found["progress"].get("step", 0) > step)
 
 
 async def until(bench: Bench, job: str, reached: Any) -> dict[str, Any]:
