@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import AdapterName
 from trimtab_training.config_section import ConfigSection
+from trimtab_training.evaluation_config import EvaluationConfig
+from trimtab_training.gate_config import GateConfig
 from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import BonbonConfig, ObjectiveConfig, QuarkConfig, RlooConfig, VbonConfig
+from trimtab_training.report_config import ReportConfig
 from trimtab_training.transform_config import TransformConfig
 
 UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -153,19 +156,6 @@ class CheckpointConfig(ConfigSection):
     """Newest checkpoints that are kept."""
 
 
-class EvaluationConfig(ConfigSection):
-    """Base against steered on prompts that are never trained on."""
-
-    share: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the prompts that is held out; 0 skips the evaluation."""
-    max_prompts: int = Field(default=256, ge=1)
-    """Most held-out prompts to use; prompts beyond it stay held out."""
-    num_per_prompt: int = Field(default=1, ge=1, le=20)
-    """Outputs per prompt and policy."""
-    num_resamples: int = Field(default=2000, ge=100)
-    """Bootstrap resamples behind the 95 % interval."""
-
-
 class PublishConfig(ConfigSection):
     """The version that comes out."""
 
@@ -173,8 +163,10 @@ class PublishConfig(ConfigSection):
     """Name of the adapter that the result is a version of."""
     route: str | None = None
     """Route to switch to the new version; left out means that nothing is activated."""
-    require_improvement: bool = True
-    """Activate only when the 95 % interval of the reward difference to the base lies above 0."""
+    require_gate: bool = Field(
+        default=True, validation_alias=AliasChoices("require_gate", "require_improvement")
+    )
+    """Activate only when the gate has passed. (`require_improvement`, its older name, is read as well.)"""
 
 
 class TrainConfig(ConfigSection):
@@ -206,6 +198,10 @@ class TrainConfig(ConfigSection):
     """When the run's state is saved."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The comparison at the end."""
+    gate: GateConfig = GateConfig()
+    """What the comparison must show before the version may take traffic."""
+    report: ReportConfig = ReportConfig()
+    """The report at the end."""
     steps: int = Field(default=8000, ge=1)
     """Optimiser steps of the whole run."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -238,10 +234,23 @@ class TrainConfig(ConfigSection):
             raise ValueError('sampling.stop needs fresh.source = "gateway"')
         if isinstance(self.prompts, PromptLog) and not self.logged.enabled:
             raise ValueError('prompts.type = "log" needs logged.enabled = true')
-        if self.publish.route is not None and self.publish.require_improvement and self.evaluation.share == 0:
-            raise ValueError("publish.require_improvement needs an evaluation: set evaluation.share above 0")
+        if self.publish.route is not None and self.publish.require_gate and self.evaluation.share == 0:
+            raise ValueError("publish.require_gate needs an evaluation: set evaluation.share above 0")
         if self.fresh.interval == 0 and not self.logged.enabled:
             raise ValueError("fresh.interval = 0 and logged.enabled = false leave nothing to learn from")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> Self:
+        second = self.evaluation.second_reward
+        if second is None:
+            if self.gate.min_second_reward_difference is not None:
+                raise ValueError("gate.min_second_reward_difference needs evaluation.second_reward")
+            return self
+        if second.name == self.reward.name:
+            raise ValueError("evaluation.second_reward is the reward itself")
+        if self.gateway is None and second.source == "gateway":
+            raise ValueError('there is no [gateway], but evaluation.second_reward.source = "gateway" needs one')
         return self
 
     @model_validator(mode="after")

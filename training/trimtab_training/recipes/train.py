@@ -12,26 +12,31 @@ from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.checkpoint import RunState, save_checkpoint
 from trimtab_training.config import PromptFile, TrainConfig
+from trimtab_training.evaluation.held_out import BASE, STEERED
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
 from trimtab_training.publish import VersionInfo, register_version, write_version
-from trimtab_training.recipes.evaluate import evaluate
+from trimtab_training.recipes.evaluate import Evaluation, evaluate
 from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
+from trimtab_training.report.writing import write_run_report
 from trimtab_training.rewards import Scorer, SingleVersionScorer
 from trimtab_training.rollouts import Sample, read_logged, score_logged
 from trimtab_training.tracking import Tracker
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
+from trimtab_training.verdict import judge_run
 from trimtab_training.wiring import (
     build_learner,
     build_scorer,
+    build_second_scorer,
     build_source,
     checkpoints_of,
     cpu_threads,
     find_checkpoint,
     intermediate_name,
+    served_procedure,
     served_transform,
     version_info,
 )
@@ -48,7 +53,7 @@ class TrainResult:
     Attributes:
         version: Id of the published version.
         path: Its directory.
-        evaluation: Figures of `recipes.evaluate.evaluate`; empty when nothing was held out.
+        evaluation: `Verdict.to_json`.
         is_registered: Whether a gateway knows it.
         activated_route: Route that now uses it, if any.
         num_steps: Optimiser steps taken.
@@ -127,6 +132,8 @@ class _Run:
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
         )
+        second = build_second_scorer(config, gateway)
+        self.second_scorer = None if second is None else SingleVersionScorer(second)
         self.source = build_source(
             config,
             self.learner,
@@ -156,12 +163,12 @@ class _Run:
                 if every and self.learner.step % every == 0 and self.learner.step < self.config.steps:
                     self._save()
             self._save()
-            evaluation = self._evaluate(tracker)
+            found = self._evaluate(tracker)
         except TrainingInterrupted:
             if self.learner.objective.num_rollouts:
                 self._save()
             raise
-        return self._publish(evaluation, tracker)
+        return self._publish(found, tracker)
 
     def _gather_prompts_and_log(self, tracker: Tracker) -> None:
         """Split the prompts and, in a new run, fill the pool from the log; held-out prompts never enter it."""
@@ -296,24 +303,27 @@ class _Run:
             keep=self.config.checkpoint.keep,
         )
 
-    def _evaluate(self, tracker: Tracker) -> dict[str, Any]:
+    def _evaluate(self, tracker: Tracker) -> Evaluation | None:
         if not self.held_out:
-            return {}
+            return None
         tracker.say("evaluating")
         self._tell("evaluating")
-        result = evaluate(
+        found = evaluate(
             self.source,
-            self.scorer,
+            [self.scorer] if self.second_scorer is None else [self.scorer, self.second_scorer],
             self.learner.policy,
             self.held_out,
             adapter_prefix=self.learner.objective.prefix,
+            procedure=served_procedure(self.config, self.gateway),
+            sampling=self.config.sampling,
             config=self.config.evaluation,
             seed=self._draw_seed(1 << 31),
         )
-        flat = {f"evaluation/{key}": float(value) for key, value in result.items() if isinstance(value, int | float)}
-        flat |= {f"evaluation/{who}_reward": float(result[who]["mean_reward"]) for who in ("base", "steered")}
+        figures = found.figures.to_json()
+        flat = {f"evaluation/{key}": float(value) for key, value in figures.items() if isinstance(value, int | float)}
+        flat |= {f"evaluation/{who}_reward": float(figures[who]["mean_reward"]) for who in (BASE, STEERED)}
         tracker.log(self.learner.step, flat)
-        return result
+        return found
 
     def _version_info(self, name: str, evaluation: dict[str, Any]) -> VersionInfo:
         return version_info(
@@ -322,28 +332,38 @@ class _Run:
             name=name,
             parent=self.start.parent,
             transform=self.transform_config,
-            reward=f"{self.scorer.name}@{self.scorer.version}",
+            reward=self._reward,
             evaluation=evaluation,
         )
 
-    def _publish(self, evaluation: dict[str, Any], tracker: Tracker) -> TrainResult:
-        """Write the version, register it and switch the route if that is wanted and earned."""
+    def _publish(self, found: Evaluation | None, tracker: Tracker) -> TrainResult:
+        """Write the version and the report, register it and switch the route if that is wanted and earned."""
         tracker.say("publishing")
         config = self.config.publish
+        verdict = judge_run(self.config.gate, found)
+        evaluation = verdict.to_json()
         directory = write_version(
             self.config.output_dir / "versions",
             self.learner.policy.adapter,
             self.vocabulary,
             self._version_info(config.name, evaluation),
         )
+        write_run_report(
+            self.config, found, verdict, version=directory.version, num_steps=self.learner.step, reward=self._reward
+        )
         activated = None
         if self.gateway is not None:
             version = register_version(self.gateway, directory)
-            if config.route is not None and (_is_better(evaluation) or not config.require_improvement):
+            if config.route is not None and (verdict.gate.passed or not config.require_gate):
                 self.gateway.activate(config.route, config.name, version, self.config.models.alpha)
                 activated = config.route
             elif config.route is not None:
-                logger.warning("version %s does not beat the base; the route %s stays", version, config.route)
+                logger.warning(
+                    "version %s has not passed the gate, the route %s stays: %s",
+                    version,
+                    config.route,
+                    "; ".join(verdict.gate.reasons),
+                )
         return TrainResult(
             version=directory.version,
             path=str(directory.path),
@@ -353,7 +373,7 @@ class _Run:
             num_steps=self.learner.step,
         )
 
-
-def _is_better(evaluation: Mapping[str, Any]) -> bool:
-    """Whether the 95 % interval of the reward difference to the base lies above 0."""
-    return bool(evaluation) and float(evaluation["reward_difference_interval"][0]) > 0.0
+    @property
+    def _reward(self) -> str:
+        """`name@version`."""
+        return f"{self.scorer.name}@{self.scorer.version}"
