@@ -163,10 +163,8 @@ class PublishConfig(ConfigSection):
     """Name of the adapter that the result is a version of."""
     route: str | None = None
     """Route to switch to the new version; left out means that nothing is activated."""
-    require_gate: bool = Field(
-        default=True, validation_alias=AliasChoices("require_gate", "require_improvement")
-    )
-    """Activate only when the gate has passed. (`require_improvement`, its older name, is read as well.)"""
+    require_gate: bool = Field(default=True, validation_alias=AliasChoices("require_gate", "require_improvement"))
+    """Activate only when the gate has passed. `require_improvement`, its older name, is read as well."""
 
 
 class TrainConfig(ConfigSection):

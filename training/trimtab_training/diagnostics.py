@@ -16,6 +16,7 @@ from trimtab_training.failure_signatures import (
     Signature,
 )
 
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """A failure that the figures show.
@@ -28,10 +29,12 @@ class Diagnosis:
     signature: Signature
     evidence: str
 
+
 def diagnose(figures: HeldOutFigures) -> list[Diagnosis]:
     """Every failure that the figures show, at most one of each kind."""
     found = (collapsed_adapter(figures), no_improvement(figures), degraded_fluency(figures), over_optimisation(figures))
     return [diagnosis for diagnosis in found if diagnosis is not None]
+
 
 def collapsed_adapter(figures: HeldOutFigures) -> Diagnosis | None:
     """Variety is gone, the next token is nearly certain, or outputs repeat, each much more than the base's."""
@@ -56,6 +59,7 @@ def collapsed_adapter(figures: HeldOutFigures) -> Diagnosis | None:
         )
     return Diagnosis("collapsed_adapter", "; ".join(signs)) if signs else None
 
+
 def no_improvement(figures: HeldOutFigures) -> Diagnosis | None:
     """The interval of the reward difference does not lie above 0; without an interval there is nothing to show it."""
     difference = figures.reward_difference
@@ -64,9 +68,8 @@ def no_improvement(figures: HeldOutFigures) -> Diagnosis | None:
     if difference.low > 0:
         return None
     what = "contains 0" if difference.high >= 0 else "lies below 0"
-    return Diagnosis(
-        "no_improvement", f"the interval of the reward difference, {_interval(difference)}, {what}"
-    )
+    return Diagnosis("no_improvement", f"the interval of the reward difference, {_interval(difference)}, {what}")
+
 
 def degraded_fluency(figures: HeldOutFigures) -> Diagnosis | None:
     """The base finds steered outputs much less likely than its own."""
@@ -79,6 +82,7 @@ def degraded_fluency(figures: HeldOutFigures) -> Diagnosis | None:
         f"{DEGRADED_PERPLEXITY_RATIO})",
     )
 
+
 def over_optimisation(figures: HeldOutFigures) -> Diagnosis | None:
     """The reward rose while the second reward fell, both beyond their intervals."""
     first, second = figures.reward_difference, figures.second_reward_difference
@@ -89,8 +93,10 @@ def over_optimisation(figures: HeldOutFigures) -> Diagnosis | None:
         f"the reward rose by {_interval(first)} while the second reward fell by {_interval(second)}",
     )
 
+
 def _value(estimate: Estimate | None) -> float | None:
     return None if estimate is None else estimate.value
+
 
 def _interval(estimate: Estimate) -> str:
     return f"[{estimate.low:.4g}, {estimate.high:.4g}]"

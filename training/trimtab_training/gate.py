@@ -59,11 +59,14 @@ class _Rule:
 
     def check(self, limit: float) -> Check:
         figure = self.figure
-        holds = figure is not None and {
-            "above": figure > limit,
-            "at least": figure >= limit,
-            "at most": figure <= limit,
-        }[self.relation]
+        holds = (
+            figure is not None
+            and {
+                "above": figure > limit,
+                "at least": figure >= limit,
+                "at most": figure <= limit,
+            }[self.relation]
+        )
         return Check(self.name, figure, limit, holds)
 
     def reason(self, limit: float) -> str:

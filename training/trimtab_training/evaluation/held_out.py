@@ -149,7 +149,7 @@ class Comparer:
             served_win_rate=win_rates[served],
             kl_per_token=kl.per_token,
             kl_per_output=kl.per_sequence,
-            shifts=text_shifts(*texts, self.intervals),
+            shifts=text_shifts(texts[0], texts[1], self.intervals),
             second_reward_difference=None
             if second is None
             else self.intervals.mean((second[1] - second[0]).mean(axis=1)),
@@ -174,9 +174,7 @@ class Comparer:
 
         one = outcome(BASE, STANDARD)
         outcomes: list[OutcomeFigures] = [
-            measure.outcome(
-                outcome(name, chosen), outcome(BASE, chosen), one, is_exact=self.is_plain or name == BASE
-            )
+            measure.outcome(outcome(name, chosen), outcome(BASE, chosen), one, is_exact=self.is_plain or name == BASE)
             for chosen in procedures
             for name in scored
         ]
@@ -211,9 +209,7 @@ class Comparer:
             times={},
         )
 
-    def _policy(
-        self, drawn: Drawn, texts: Texts, standard: OutcomeFigures, served: OutcomeFigures
-    ) -> PolicyFigures:
+    def _policy(self, drawn: Drawn, texts: Texts, standard: OutcomeFigures, served: OutcomeFigures) -> PolicyFigures:
         rewards = list(drawn.rewards.values())
         return PolicyFigures(
             mean_reward=standard.mean_reward,
@@ -221,7 +217,7 @@ class Comparer:
             texts=text_figures(texts, self.intervals),
             num_unread=drawn.sums.num_unread,
             mean_second_reward=standard.judge_mean_reward,
-            reward_correlation=rank_correlation(*rewards, self.intervals) if len(rewards) == 2 else None,
+            reward_correlation=rank_correlation(rewards[0], rewards[1], self.intervals) if len(rewards) == 2 else None,
         )
 
     def _texts(self, drawn: Drawn, *, is_steered: bool) -> Texts:
@@ -232,9 +228,7 @@ class Comparer:
         kls = sums.kl if is_steered else np.zeros_like(sums.kl)  # of the base to itself
         ratios = sums.steered_logprob - sums.base_logprob if is_steered else np.zeros_like(sums.kl)
         values = zip(sums.num_tokens.tolist(), ratios.tolist(), kls.tolist(), strict=True)
-        rows = tuple(
-            tuple(self._scored_sample(sample, *next(values)) for sample in group) for group in drawn.samples
-        )
+        rows = tuple(tuple(self._scored_sample(sample, *next(values)) for sample in group) for group in drawn.samples)
         return Scored(Draws(rows), drawn.rewards)
 
     def _scored_sample(self, sample: Sample, num_read: float, log_ratio: float, token_kl: float) -> ScoredSample:

@@ -1,4 +1,4 @@
-"""Telling refusals by their phrases: crude, but the same for base and steered policy, so that their difference counts."""
+"""Telling refusals by their phrases: crude, but as crude for the base as for the steered policy."""
 
 from collections.abc import Sequence
 

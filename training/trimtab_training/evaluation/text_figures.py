@@ -23,7 +23,7 @@ _LARGEST_EXPONENT = 700.0
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Samples of one policy, prompt by prompt, reduced to what figures are made of; `[prompts]` or `[prompts, samples]`.
+    """Samples of one policy reduced to what figures are made of, `[prompts]` or `[prompts, samples]` each.
 
     Attributes:
         num_read: Tokens that the models read, per prompt.
@@ -160,6 +160,7 @@ def rank_correlation(first: Floats, second: Floats, intervals: Intervals) -> Est
     Args:
         first: `[prompts, samples]`.
         second: Likewise.
+        intervals: Makes the error.
     """
     ranks = [rankdata(values.ravel()).reshape(values.shape) for values in (first, second)]
     if any(np.ptp(values) == 0 for values in ranks):

@@ -22,60 +22,38 @@ class FigureRow:
 def comparison_rows(figures: HeldOutFigures) -> list[FigureRow]:
     """Base and steered policy next to each other."""
     base, steered, shifts = figures.base, figures.steered, figures.shifts
-    texts = base.texts, steered.texts
-    rows = [
-        _row("mean reward", base.mean_reward, steered.mean_reward, figures.reward_difference, "+"),
-        *(
-            [
-                _row(
-                    f"mean reward, {figures.procedure}",
-                    base.served_reward,
-                    steered.served_reward,
-                    figures.served_reward_difference,
-                    "+",
-                )
-            ]
-            if figures.procedure != "standard"
-            else []
-        ),
-        *(
-            [
-                _row(
-                    "second reward",
-                    base.mean_second_reward,
-                    steered.mean_second_reward,
-                    figures.second_reward_difference,
-                    "+",
-                ),
-                _row("its rank correlation with the reward", base.reward_correlation, steered.reward_correlation),
-            ]
-            if figures.second_reward_difference is not None
-            else []
-        ),
-        _row(
-            "perplexity under the base", texts[0].base_perplexity, texts[1].base_perplexity, shifts.perplexity_ratio, "×"
-        ),
-        _row("distinct-1", texts[0].distinct_1, texts[1].distinct_1, shifts.distinct_1_ratio, "×"),
-        _row("distinct-2", texts[0].distinct_2, texts[1].distinct_2, shifts.distinct_2_ratio, "×"),
-        _row("distinct-3", texts[0].distinct_3, texts[1].distinct_3, shifts.distinct_3_ratio, "×"),
-        _row("two outputs are the same", texts[0].repeat_rate, texts[1].repeat_rate),
-        _row("entropy, nats per token", texts[0].entropy_per_token, texts[1].entropy_per_token),
-        _row("tokens per output", texts[0].mean_tokens, texts[1].mean_tokens, shifts.length_difference, "+"),
-        _row("share of refusals", texts[0].refusal_share, texts[1].refusal_share, shifts.refusal_shift, "+"),
+    ours, theirs = steered.texts, base.texts
+    rows = [_row("mean reward", base.mean_reward, steered.mean_reward, figures.reward_difference, "+")]
+    if figures.procedure != "standard":
+        label = f"mean reward, {figures.procedure}"
+        rows.append(_row(label, base.served_reward, steered.served_reward, figures.served_reward_difference, "+"))
+    if (second := figures.second_reward_difference) is not None:
+        rows.append(_row("second reward", base.mean_second_reward, steered.mean_second_reward, second, "+"))
+        rows.append(_row("its rank correlation with the reward", base.reward_correlation, steered.reward_correlation))
+    return [
+        *rows,
+        _row("perplexity under the base", theirs.base_perplexity, ours.base_perplexity, shifts.perplexity_ratio, "×"),
+        _row("distinct-1", theirs.distinct_1, ours.distinct_1, shifts.distinct_1_ratio, "×"),
+        _row("distinct-2", theirs.distinct_2, ours.distinct_2, shifts.distinct_2_ratio, "×"),
+        _row("distinct-3", theirs.distinct_3, ours.distinct_3, shifts.distinct_3_ratio, "×"),
+        _row("two outputs are the same", theirs.repeat_rate, ours.repeat_rate),
+        _row("entropy, nats per token", theirs.entropy_per_token, ours.entropy_per_token),
+        _row("tokens per output", theirs.mean_tokens, ours.mean_tokens, shifts.length_difference, "+"),
+        _row("share of refusals", theirs.refusal_share, ours.refusal_share, shifts.refusal_shift, "+"),
     ]
-    return rows
 
 
 def single_rows(figures: HeldOutFigures) -> list[tuple[str, str]]:
     """What belongs to both policies together."""
     rows = [("win rate of steered over base, one output each", text_of(figures.win_rate))]
     if figures.procedure != "standard":
-        rows.append((f"win rate of steered over base, {figures.procedure} on both sides", text_of(figures.served_win_rate)))
-    rows += [
+        label = f"win rate of steered over base, {figures.procedure} on both sides"
+        rows.append((label, text_of(figures.served_win_rate)))
+    return [
+        *rows,
         ("KL(steered || base) per token, nats", text_of(figures.kl_per_token)),
         ("KL(steered || base) per output, nats", text_of(figures.kl_per_output)),
     ]
-    return rows
 
 
 def notes(figures: HeldOutFigures) -> Sequence[str]:
@@ -109,5 +87,5 @@ def _row(
     sign: Literal["+", "×", ""] = "",
 ) -> FigureRow:
     """A row; `sign` says whether the change is a difference or a quotient, or that there is none."""
-    changed = "" if not sign else "-" if change is None else f"{'×' if sign == '×' else 'Δ'} {text_of(change)}"
+    changed = f"{sign} {text_of(change)}" if sign == "×" else text_of(change) if sign else ""
     return FigureRow(label, text_of(base), text_of(steered), changed)

@@ -1,6 +1,5 @@
 """A few held-out prompts with an output of each policy, side by side."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
