@@ -220,7 +220,8 @@ def _print_result(result: "TrainResult") -> None:
     what = "passed" if gate["passed"] else f"not passed: {'; '.join(gate['reasons'])}"
     console.print(f"gate {what}", markup=False, highlight=False, soft_wrap=True)
     if result.activated_route is not None:
-        console.print(f"route {result.activated_route} now uses it", markup=False, highlight=False)
+        what = "tries it as a canary" if result.is_canary else "now uses it"
+        console.print(f"route {result.activated_route} {what}", markup=False, highlight=False)
 
 
 def _table(evaluation: Mapping[str, Any]) -> Table:

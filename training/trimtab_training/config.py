@@ -164,7 +164,11 @@ class PublishConfig(ConfigSection):
     route: str | None = None
     """Route to switch to the new version; left out means that nothing is activated."""
     require_gate: bool = Field(default=True, validation_alias=AliasChoices("require_gate", "require_improvement"))
-    """Activate only when the gate has passed. `require_improvement`, its older name, is read as well."""
+    """Activate, or try as a canary, only when the gate has passed. Its older name, `require_improvement`, is read as
+    well."""
+    canary_percent: float | None = Field(default=None, gt=0, lt=100)
+    """Share of the route's requests that the new version takes first; the gateway compares their answers with those of
+    the others and promotes it or rolls it back. Left out, or where the route is new, it takes all at once."""
 
 
 class TrainConfig(ConfigSection):

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from scipy import stats
 
 from trimtab_server.canary.outcomes import ArmOutcomes, CanaryOutcomes
@@ -100,5 +101,5 @@ def error_p_value(canary: ArmOutcomes, stable: ArmOutcomes) -> float | None:
     """Of Fisher's test that the canary's errors are not more frequent; None without requests in an arm."""
     if min(canary.num_requests, stable.num_requests) == 0:
         return None
-    table = [[arm.num_errors, arm.num_answers] for arm in (canary, stable)]
+    table = np.array([[arm.num_errors, arm.num_answers] for arm in (canary, stable)])
     return float(stats.fisher_exact(table, alternative="greater").pvalue)

@@ -11,6 +11,7 @@ from trimtab_server.canary.decision import CanaryRule, Verdict, decide
 from trimtab_server.canary.outcomes import ArmOutcomes, CanaryOutcomes
 from trimtab_server.decoding.job import JobResult
 from trimtab_server.errors import error_answer
+from trimtab_server.sse import ClientDisconnectedError
 from trimtab_server.storage.base import ResolvedModel, RouteRevision
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ _SERVER_FAULT = 500
 
 
 class CanaryRoutes(Protocol):
-    """The routes, and how a canary ends."""
+    """The routes, and how a canary ends; `SqlCanaries` is one."""
 
     async def routes(self) -> Sequence[RouteRevision]:
         """The current revision of each."""
@@ -62,7 +63,7 @@ class CanaryWatcher:
 
     def failed(self, resolved: ResolvedModel, error: BaseException) -> None:
         """Count an error, unless it is the caller's, or the caller went away."""
-        is_fault = isinstance(error, Exception) and not isinstance(error, OSError)
+        is_fault = isinstance(error, Exception) and not isinstance(error, ClientDisconnectedError | OSError)
         if is_fault and error_answer(error).status >= _SERVER_FAULT and (arm := self._arm(resolved)) is not None:
             arm.failed()
 

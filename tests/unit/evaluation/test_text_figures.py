@@ -142,9 +142,7 @@ def test_shifts_are_steered_against_base() -> None:
 def test_the_rank_correlation_is_spearmans_with_an_interval_around_it() -> None:
     rng = np.random.default_rng(1)
     first = rng.normal(size=(60, 3))  # the second: monotone with noise, and with ties
-    second = np.array(
-        np.round(np.exp(first + rng.normal(size=(60, 3))), 1), dtype=np.float64
-    )
+    second = np.array(np.round(np.exp(first + rng.normal(size=(60, 3))), 1), dtype=np.float64)
     estimate = rank_correlation(first, second, INTERVALS)
     assert estimate is not None
     assert estimate.value == pytest.approx(spearmanr(first.ravel(), second.ravel()).statistic)

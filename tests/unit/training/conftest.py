@@ -205,6 +205,8 @@ class FakeGateway:
                 return httpx.Response(200, json={})
             case ["admin", "routes", route] if route in self.routes:
                 return httpx.Response(200, json=self.routes[route])
+            case ["admin", "routes", route, "promote"] if route in self.routes:
+                return httpx.Response(200, json={})
             case ["admin", "routes", route, "activate"]:
                 self.routes[route] = body
                 return httpx.Response(200, json={})

@@ -338,3 +338,33 @@ def test_a_second_reward_is_scored_and_watched_by_the_gate(make_config: Any, gat
     assert result.evaluation["second_reward_difference"] == result.evaluation["reward_difference"]
     assert result.evaluation["base"]["reward_correlation"] == pytest.approx(1.0)
     assert any("min_second_reward_difference" in reason for reason in result.evaluation["gate"]["reasons"])
+
+
+def passing() -> dict[str, Any]:
+    """A gate that noise passes."""
+    off = ("min_reward_difference", "max_perplexity_ratio", "min_distinct_2_ratio", "max_length_ratio")
+    return {**dict.fromkeys(off, "off"), "min_length_ratio": "off", "refused_signatures": []}
+
+
+def test_a_version_that_passed_takes_a_share_of_its_route_first(make_config: Any, gateway: Any) -> None:
+    gateway.rollouts = logged(40)
+    gateway.routes["kind"] = {"best_of": 1}
+    publish = {"name": "lucky", "route": "kind", "canary_percent": 5}
+    config = gateway_config(make_config, steps=1, publish={**publish, "require_gate": True}, gate=passing())
+    with gateway.client() as client:
+        result = train(config, gateway=client)
+    assert (result.activated_route, result.is_canary) == ("kind", True)
+    assert gateway.bodies("/admin/routes/kind/promote") == [
+        {"adapter": "lucky", "version": result.version, "alpha": 1.0, "percent": 5.0, "force": False}
+    ]
+    assert gateway.bodies("/admin/routes/kind/activate") == []
+
+
+def test_a_route_that_is_new_takes_the_version_at_once(make_config: Any, gateway: Any) -> None:
+    gateway.rollouts = logged(40)
+    publish = {"name": "lucky", "route": "kind", "canary_percent": 5, "require_gate": False}
+    with gateway.client() as client:
+        result = train(gateway_config(make_config, steps=1, publish=publish), gateway=client)
+    assert (result.activated_route, result.is_canary) == ("kind", False)
+    assert gateway.bodies("/admin/routes/kind/promote")[0]["force"] is True
+    assert len(gateway.bodies("/admin/routes/kind/activate")) == 1

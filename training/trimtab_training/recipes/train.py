@@ -1,5 +1,6 @@
 """Train an adapter LM on the tailored policy, from logged and fresh rollouts to a published version."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.checkpoint import RunState, save_checkpoint
 from trimtab_training.config import PromptFile, TrainConfig
@@ -56,6 +57,7 @@ class TrainResult:
         evaluation: `Verdict.to_json`.
         is_registered: Whether a gateway knows it.
         activated_route: Route that now uses it, if any.
+        is_canary: Whether only a share of that route's requests does.
         num_steps: Optimiser steps taken.
     """
 
@@ -65,6 +67,7 @@ class TrainResult:
     is_registered: bool
     activated_route: str | None
     num_steps: int
+    is_canary: bool = False
 
 
 def train(
@@ -351,12 +354,12 @@ class _Run:
         write_run_report(
             self.config, found, verdict, version=directory.version, num_steps=self.learner.step, reward=self._reward
         )
-        activated = None
+        activated, is_canary = None, False
         if self.gateway is not None:
             version = register_version(self.gateway, directory)
             if config.route is not None and (verdict.gate.passed or not config.require_gate):
-                self.gateway.activate(config.route, config.name, version, self.config.models.alpha)
                 activated = config.route
+                is_canary = self._switch(self.gateway, config.route, version, is_forced=not verdict.gate.passed)
             elif config.route is not None:
                 logger.warning(
                     "version %s has not passed the gate, the route %s stays: %s",
@@ -371,7 +374,18 @@ class _Run:
             is_registered=self.gateway is not None,
             activated_route=activated,
             num_steps=self.learner.step,
+            is_canary=is_canary,
         )
+
+    def _switch(self, gateway: GatewayClient, route: str, version: VersionId, *, is_forced: bool) -> bool:
+        """Put the version on a route; returns whether as a canary, which a route that is made by it cannot have."""
+        name, alpha, percent = self.config.publish.name, self.config.models.alpha, self.config.publish.canary_percent
+        if percent is not None:
+            with contextlib.suppress(NotFoundError):
+                gateway.promote(route, name, version, alpha, percent=percent, is_forced=is_forced)
+                return True
+        gateway.activate(route, name, version, alpha)
+        return False
 
     @property
     def _reward(self) -> str:

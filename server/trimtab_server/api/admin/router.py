@@ -11,7 +11,7 @@ from trimtab_server.api.admin.calibrators import Calibrators, build_calibrators_
 from trimtab_server.api.admin.engines import build_engines_router
 from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
 from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
-from trimtab_server.api.admin.routes import build_routes_router
+from trimtab_server.api.admin.routes import OutcomesOf, build_routes_router, no_outcomes
 from trimtab_server.api.admin.selection_caps import build_selection_caps_router
 from trimtab_server.api.admin.switching import BeforeSwitch, RouteSwitcher
 from trimtab_server.api.admin.training_jobs import build_training_jobs_router
@@ -42,6 +42,7 @@ class AdminParts:
         base_vocabulary: Fingerprint and number of tokens of the base model's tokenizer.
         adapter_roots: Directories that versions may be registered from; None means any.
         calibrators: Makes and keeps calibrators; None leaves `/admin/calibrators` out.
+        canary_outcomes: Says what came of the requests of a canary.
     """
 
     catalog: SqlCatalog
@@ -58,6 +59,7 @@ class AdminParts:
     base_vocabulary: BaseVocabulary
     adapter_roots: Sequence[Path] | None = None
     calibrators: Calibrators | None = None
+    canary_outcomes: OutcomesOf = no_outcomes
 
 
 def build_admin_router(parts: AdminParts) -> APIRouter:
@@ -76,7 +78,11 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
             adapter_roots=parts.adapter_roots,
         )
     )
-    router.include_router(build_routes_router(parts.catalog, switcher, check_reward=parts.rewards.resolve))
+    router.include_router(
+        build_routes_router(
+            parts.catalog, switcher, check_reward=parts.rewards.resolve, outcomes_of=parts.canary_outcomes
+        )
+    )
     router.include_router(build_rollouts_router(parts.reader, parts.flush))
     router.include_router(build_training_jobs_router(parts.jobs))
     router.include_router(build_rewards_router(parts.rewards))
