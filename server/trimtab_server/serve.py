@@ -109,11 +109,8 @@ async def build_parts(settings: Settings) -> GatewayParts:
     residency = Residency(engine, catalog, wait_s=settings.adapter_wait_s)
     metrics = Metrics()
     rewards = RewardRegistry(SqlRewardSpecs(database), environment=os.environ, observer=metrics.rewards)
-    stored_scores, samples, pooled = (
-        SqlCalibratorStore(database),
-        SqlSampleLog(database),
-        SqlPooledCalibratorStore(database),
-    )
+    stored_scores, samples = SqlCalibratorStore(database), SqlSampleLog(database)
+    pooled = SqlPooledCalibratorStore(database)
     calibrators = ReferenceCalibrators(stored_scores, samples, default_size=settings.calibration_size)
 
     def base_identity() -> str | None:

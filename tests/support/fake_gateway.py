@@ -62,11 +62,10 @@ class MemoryCatalog:
         revision = self.revisions.get(model, RouteRevision(model, 0, ()) if model == "base" else None)
         if revision is None:
             raise NotFoundError(f"The model '{model}' does not exist", param="model", code="model_not_found")
-        terms = revision.steering
+        terms, arm = revision.steering, None
         if steering is not None and steering.adapters is not None:
             terms = tuple(self._term(choice.name, choice.version, choice.alpha) for choice in steering.adapters)
-        arm = None
-        if (canary := revision.canary) is not None and request_id is not None:
+        elif (canary := revision.canary) is not None and request_id is not None:
             is_canary = takes_canary(model, revision.revision, request_id, canary.percent)
             arm = CanaryArm(revision.revision, canary.version, canary.percent, is_canary)
             terms = canary.steering if is_canary else terms

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from trimtab_training.evaluation.diversity import distinct_n, repeat_rate
 from trimtab_training.evaluation.intervals import Intervals
 from trimtab_training.evaluation.refusals import REFUSAL_PHRASES, is_refusal
-from trimtab_training.evaluation.text_figures import Texts, rank_correlation, text_figures, text_shifts
+from trimtab_training.evaluation.text_figures import Floats, Texts, rank_correlation, text_figures, text_shifts
 from trimtab_training.evaluation.token_sums import TokenSums
 from trimtab_training.rollouts import Sample
 
@@ -99,7 +99,7 @@ def test_a_perplexity_that_no_float_holds_is_none() -> None:
 
 
 def test_variety_is_the_mean_over_the_prompts_that_have_any() -> None:
-    pools = [[(1, 2, 3), (1, 2, 4)], [(5, 5, 5), (5, 5, 5)], [(1,), (2,)]]
+    pools: list[list[tuple[int, ...]]] = [[(1, 2, 3), (1, 2, 4)], [(5, 5, 5), (5, 5, 5)], [(1,), (2,)]]
     figures = text_figures(texts_of(pools), INTERVALS)
     # distinct-1: 4/6, 1/6, 2/2; distinct-2: 3/4, 1/4, none; distinct-3: 2/2, 1/2, none; repeats 0, 1, 0
     assert figures.distinct_1 is not None
@@ -141,8 +141,8 @@ def test_shifts_are_steered_against_base() -> None:
 
 def test_the_rank_correlation_is_spearmans_with_an_interval_around_it() -> None:
     rng = np.random.default_rng(1)
-    first = rng.normal(size=(60, 3))  # the second: monotone with noise, and with ties
-    second = np.array(np.round(np.exp(first + rng.normal(size=(60, 3))), 1), dtype=np.float64)
+    first: Floats = rng.normal(size=(60, 3))
+    second: Floats = np.exp(first + rng.normal(size=(60, 3))).round(1)  # monotone with noise, and with ties
     estimate = rank_correlation(first, second, INTERVALS)
     assert estimate is not None
     assert estimate.value == pytest.approx(spearmanr(first.ravel(), second.ravel()).statistic)

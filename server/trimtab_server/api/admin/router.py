@@ -8,10 +8,11 @@ from fastapi import APIRouter, Depends
 
 from trimtab_server.api.admin.adapters import AfterRetire, BaseVocabulary, ResidencyOf, build_adapters_router
 from trimtab_server.api.admin.calibrators import Calibrators, build_calibrators_router
+from trimtab_server.api.admin.canaries import OutcomesOf, build_canaries_router, no_outcomes
 from trimtab_server.api.admin.engines import build_engines_router
 from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
 from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
-from trimtab_server.api.admin.routes import OutcomesOf, build_routes_router, no_outcomes
+from trimtab_server.api.admin.routes import build_routes_router
 from trimtab_server.api.admin.selection_caps import build_selection_caps_router
 from trimtab_server.api.admin.switching import BeforeSwitch, RouteSwitcher
 from trimtab_server.api.admin.training_jobs import build_training_jobs_router
@@ -78,11 +79,8 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
             adapter_roots=parts.adapter_roots,
         )
     )
-    router.include_router(
-        build_routes_router(
-            parts.catalog, switcher, check_reward=parts.rewards.resolve, outcomes_of=parts.canary_outcomes
-        )
-    )
+    router.include_router(build_routes_router(parts.catalog, switcher, check_reward=parts.rewards.resolve))
+    router.include_router(build_canaries_router(parts.catalog, switcher, parts.canary_outcomes))
     router.include_router(build_rollouts_router(parts.reader, parts.flush))
     router.include_router(build_training_jobs_router(parts.jobs))
     router.include_router(build_rewards_router(parts.rewards))

@@ -2,19 +2,17 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from starlette.responses import Response
 
-from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
+from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import AdapterName, Alpha, SteeringOptions, SteeringRequest, VersionId
 from trimtab_server.api.admin.json_io import Body, JsonAnswer, body_of, list_answer
 from trimtab_server.api.admin.switching import RouteSwitcher
 from trimtab_server.api.steering_field import parse_steering
-from trimtab_server.canary.decision import LOOKS, CanaryRule
-from trimtab_server.canary.outcomes import CanaryOutcomes
 from trimtab_server.storage.base import Canary, RouteRevision
 from trimtab_server.storage.catalog import SqlCatalog
 
@@ -24,15 +22,6 @@ MAX_BEST_OF = 128
 
 CheckReward = Callable[[str], Awaitable[object]]
 """Raises `NotFoundError` or `RewardError` for a reward that cannot be used, for example `RewardRegistry.resolve`."""
-
-
-OutcomesOf = Callable[[RouteRevision], CanaryOutcomes]
-"""What came of the requests of a revision that has a canary, for example `CanaryWatcher.outcomes`."""
-
-
-def no_outcomes(revision: RouteRevision) -> CanaryOutcomes:
-    """Of a gateway that watches no canaries."""
-    return CanaryOutcomes()
 
 
 class PutRoute(Body):
@@ -56,32 +45,6 @@ class Activate(Body):
     comment: str = Field(default="", max_length=1000)
 
 
-class Promote(Body):
-    """Body of `POST /admin/routes/{name}/promote`."""
-
-    adapter: AdapterName
-    version: VersionId | None = None
-    """None means the newest version that is not retired."""
-    alpha: Alpha | None = None
-    """None means the version's default."""
-    percent: float = Field(default=10.0, gt=0, lt=100)
-    """Share of the route's requests that try it."""
-    num_answers: int = Field(default=400, ge=LOOKS, le=10_000_000)
-    """Requests of that share after which it takes the whole route, unless its answers are worse."""
-    min_answers: int = Field(default=20, ge=1)
-    """With fewer when the time is up it is rolled back, since nothing is known of it."""
-    timeout_s: float = Field(default=3600.0, gt=0, le=31 * 86400)
-    force: bool = False
-    """Whether it may be tried although it has not passed the gate of its training."""
-    comment: str = Field(default="", max_length=1000)
-
-    @model_validator(mode="after")
-    def _has_enough(self) -> Self:
-        if self.min_answers > self.num_answers:
-            raise ValueError("min_answers may not be more than num_answers")
-        return self
-
-
 class Rollback(Body):
     """Body of `POST /admin/routes/{name}/rollback`."""
 
@@ -89,20 +52,13 @@ class Rollback(Body):
     """None means the one before the current."""
 
 
-def build_routes_router(
-    catalog: SqlCatalog,
-    switcher: RouteSwitcher,
-    *,
-    check_reward: CheckReward,
-    outcomes_of: OutcomesOf = no_outcomes,
-) -> APIRouter:
+def build_routes_router(catalog: SqlCatalog, switcher: RouteSwitcher, *, check_reward: CheckReward) -> APIRouter:
     """Routes for routes.
 
     Args:
         catalog: Where they are kept.
         switcher: Changes them.
         check_reward: See `CheckReward`.
-        outcomes_of: See `OutcomesOf`.
     """
     router = APIRouter(prefix="/admin/routes")
 
@@ -140,38 +96,6 @@ def build_routes_router(
     async def activate(name: str, body: Annotated[Activate, Depends(body_of(Activate))]) -> JsonAnswer:
         return changed(
             await switcher.activate(name, body.adapter, version=body.version, alpha=body.alpha, comment=body.comment)
-        )
-
-    @router.post("/{name}/promote")
-    async def promote(name: str, body: Annotated[Promote, Depends(body_of(Promote))]) -> JsonAnswer:
-        return changed(
-            await switcher.promote(
-                name,
-                body.adapter,
-                version=body.version,
-                alpha=body.alpha,
-                percent=body.percent,
-                rule=CanaryRule(body.num_answers, body.min_answers, body.timeout_s),
-                is_forced=body.force,
-                comment=body.comment,
-            )
-        )
-
-    @router.get("/{name}/canary")
-    async def canary(name: str) -> JsonAnswer:
-        revision = catalog.state.route(name)
-        if revision.canary is None:
-            raise NotFoundError(f"The route `{name}` has no canary", param="route", code="no_canary")
-        found = outcomes_of(revision)
-        return JsonAnswer(
-            {
-                "object": "canary",
-                "route": name,
-                "revision": revision.revision,
-                **(canary_object(revision.canary) or {}),
-                "started_at": revision.created_at,
-                "outcomes": {"canary": found.canary.to_json(), "stable": found.stable.to_json()},
-            }
         )
 
     @router.post("/{name}/rollback")

@@ -21,13 +21,14 @@ class Workbench:
     """A route `kind` at revision 1 with an old version, and a new version beside it."""
 
     def __init__(self, database: Database, directory: Path) -> None:
-        self._open = lambda: SqlCatalog(database, VersionStore(directory / "store"), "base")
+        self.database = database
         self.directory = directory
-        self.catalog = self._open()
+        self.catalog = self.reopened()
         self.canaries = SqlCanaries(self.catalog)
 
     def reopened(self) -> SqlCatalog:
-        return self._open()
+        """Another catalog over the same database, as after a restart."""
+        return SqlCatalog(self.database, VersionStore(self.directory / "store"), "base")
 
     async def register(self, weight: float) -> AdapterVersion:
         source = self.directory / f"kind-{weight}"
