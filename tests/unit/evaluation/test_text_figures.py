@@ -142,7 +142,8 @@ def test_shifts_are_steered_against_base() -> None:
 def test_the_rank_correlation_is_spearmans_with_an_interval_around_it() -> None:
     rng = np.random.default_rng(1)
     first: Floats = rng.normal(size=(60, 3))
-    second: Floats = np.exp(first + rng.normal(size=(60, 3))).round(1)  # monotone with noise, and with ties
+    noisy = np.exp(first + rng.normal(size=(60, 3)))
+    second: Floats = np.asarray(noisy.round(1), dtype=np.float64)  # monotone with noise, and with ties
     estimate = rank_correlation(first, second, INTERVALS)
     assert estimate is not None
     assert estimate.value == pytest.approx(spearmanr(first.ravel(), second.ravel()).statistic)
