@@ -155,7 +155,7 @@ def test_the_rank_correlation_is_spearmans_with_an_interval_around_it() -> None:
 
 
 def test_a_reward_that_never_changes_has_no_correlation() -> None:
-    assert rank_correlation(np.ones((4, 2)), np.arange(8.0).reshape(4, 2), INTERVALS) is None
+    assert rank_correlation(np.ones((4, 2)), np.linspace(0.0, 7.0, 8).reshape(4, 2), INTERVALS) is None
 
 
 def test_a_statistic_has_the_jackknifes_error_and_the_bootstraps_ends() -> None:
