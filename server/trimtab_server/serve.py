@@ -22,6 +22,7 @@ from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.api.feedback import build_feedback_router
 from trimtab_server.app import create_app
 from trimtab_server.calibration.fitting import CalibratorFitting
+from trimtab_server.canary.watcher import CanaryWatcher
 from trimtab_server.decoding.pooled import PooledCalibrators
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.decoding.scoring import CalibratedScoring
@@ -34,6 +35,7 @@ from trimtab_server.overoptimization.selection_caps import SelectionCaps
 from trimtab_server.rewards.registry import RewardRegistry
 from trimtab_server.settings import Settings
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
+from trimtab_server.storage.canaries import SqlCanaries
 from trimtab_server.storage.catalog import SqlCatalog
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.feedback import SqlFeedback
@@ -109,11 +111,8 @@ async def build_parts(settings: Settings) -> GatewayParts:
     residency = Residency(engine, catalog, wait_s=settings.adapter_wait_s)
     metrics = Metrics()
     rewards = RewardRegistry(SqlRewardSpecs(database), environment=os.environ, observer=metrics.rewards)
-    stored_scores, samples, pooled = (
-        SqlCalibratorStore(database),
-        SqlSampleLog(database),
-        SqlPooledCalibratorStore(database),
-    )
+    stored_scores, samples = SqlCalibratorStore(database), SqlSampleLog(database)
+    pooled = SqlPooledCalibratorStore(database)
     calibrators = ReferenceCalibrators(stored_scores, samples, default_size=settings.calibration_size)
 
     def base_identity() -> str | None:
@@ -123,6 +122,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
 
     reader = SqlRolloutReader(database)
     selection_caps = SelectionCaps(SqlSelectionCaps(database))
+    canaries = CanaryWatcher(SqlCanaries(catalog))
 
     async def base_vocabulary() -> tuple[str, int] | None:
         try:
@@ -148,6 +148,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         residency_of=residency.describe,
         base_vocabulary=base_vocabulary,
         adapter_roots=settings.adapter_roots or None,
+        canary_outcomes=canaries.outcomes,
         calibrators=Calibrators(
             fitting=CalibratorFitting(engine, rewards, calibrators, samples, pooled, identified_log),
             scores=stored_scores,
@@ -162,9 +163,10 @@ async def build_parts(settings: Settings) -> GatewayParts:
         catalog=catalog,
         rollout_log=identified_log,
         caps=selection_caps,
+        canaries=canaries,
         scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
         routers=[build_admin_router(admin), build_feedback_router(SqlFeedback(database, rollout_log.flush))],
-        background=[*background, residency.keep_converged],
+        background=[*background, residency.keep_converged, canaries.run],
         metrics=metrics,
         on_stop=[rewards.aclose, rollout_log.aclose, close_database],
     )

@@ -1,6 +1,5 @@
 """The parts of a training run, built from its configuration."""
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,8 +18,10 @@ from trimtab_training.checkpoint import (
     open_checkpoint,
     restore_learner,
 )
-from trimtab_training.config import TrainConfig
+from trimtab_training.config import RewardConfig, TrainConfig
 from trimtab_training.distillation.fidelity import FIDELITY_FILE
+from trimtab_training.evaluation.procedures import STANDARD, Chosen, parse_procedure
+from trimtab_training.evaluation_config import SERVED, SecondRewardConfig
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
@@ -135,9 +136,19 @@ def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
     """
     if config.reward.source == "feedback":
         return RatedOnly(config.reward.name)
-    if config.reward.source == "local":
-        return LocalScorer.load(config.reward.name)
-    return GatewayScorer(_connected(gateway), config.reward.name, batch_size=config.reward.batch_size)
+    return _scorer(config.reward, gateway)
+
+
+def build_second_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer | None:
+    """The reward that `config.evaluation.second_reward` names, if it does. Raises as `build_scorer` does."""
+    second = config.evaluation.second_reward
+    return None if second is None else _scorer(second, gateway)
+
+
+def _scorer(config: RewardConfig | SecondRewardConfig, gateway: GatewayClient | None) -> Scorer:
+    if config.source == "local":
+        return LocalScorer.load(config.name)
+    return GatewayScorer(_connected(gateway), config.name, batch_size=config.batch_size)
 
 
 def build_source(
@@ -185,11 +196,34 @@ def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> Tran
     transform = config.reward.transform
     if transform.kind != "served":
         return transform
-    best_of = 1  # also where people rate: there are no ratings of reference rollouts
-    if config.reward.source != "feedback" and gateway is not None and config.publish.route is not None:
-        with contextlib.suppress(NotFoundError):
-            best_of = int(gateway.route(config.publish.route).get("best_of") or 1)
-    return fit_to_served(transform, best_of=best_of)
+    if config.reward.source == "feedback":
+        return fit_to_served(transform, best_of=1)  # there are no ratings of reference rollouts
+    return fit_to_served(transform, best_of=_served_best_of(config, gateway) or 1)
+
+
+def served_procedure(config: TrainConfig, gateway: GatewayClient | None) -> Chosen:
+    """The procedure of the evaluation: see `EvaluationConfig.procedure`. Raises as `served_transform` does."""
+    if config.evaluation.procedure != SERVED:
+        chosen = parse_procedure(config.evaluation.procedure)
+        assert isinstance(chosen, Chosen)  # the configuration allows no other
+        return chosen
+    best_of = _served_best_of(config, gateway)
+    if best_of is not None:
+        return Chosen("best", best_of)
+    transform = config.reward.transform
+    if transform.n is None:
+        return STANDARD
+    return Chosen("best" if transform.procedure == "best_of_n" else "worst", transform.n)
+
+
+def _served_best_of(config: TrainConfig, gateway: GatewayClient | None) -> int | None:
+    """N of the route that the run publishes to; None where there is no such route."""
+    if gateway is None or config.publish.route is None:
+        return None
+    try:
+        return int(gateway.route(config.publish.route).get("best_of") or 1)
+    except NotFoundError:
+        return None
 
 
 def intermediate_name(name: str) -> str:

@@ -89,7 +89,16 @@ def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
         ({"fresh": {"source": "local"}, "sampling": {"stop": ["."]}}, "sampling.stop"),
         ({"logged": {"enabled": False}}, "prompts.type"),
         ({"prompts": {"type": "file", "path": "p"}, "logged": {"enabled": False}, "fresh": {"interval": 0}}, "learn"),
-        ({"publish": {"route": "r"}, "evaluation": {"share": 0}}, "require_improvement"),
+        ({"publish": {"route": "r"}, "evaluation": {"share": 0}}, "require_gate"),
+        ({"gate": {"max_kl": 1}}, "gate.max_kl"),
+        ({"gate": {"max_perplexity_ratio": 0}}, "gate.max_perplexity_ratio"),
+        ({"gate": {"refused_signatures": ["odd"]}}, "gate.refused_signatures"),
+        ({"gate": {"min_second_reward_difference": 0}}, "second_reward"),
+        ({"evaluation": {"second_reward": {"name": "r"}}}, "second_reward"),
+        ({"evaluation": {"procedure": "best_of_n"}}, "evaluation.procedure"),
+        ({"evaluation": {"procedure": "served:{}"}}, "evaluation.procedure"),
+        ({"evaluation": {"refusal_phrases": [" "]}}, "evaluation.refusal_phrases"),
+        ({"report": {"num_samples": 0}}, "report.num_samples"),
         ({"gateway": None}, "[gateway]"),
         ({"logged": {"path": "log.csv"}}, "logged.path"),
         ({"logged": {"min_reward": 0.5}}, "`reward`"),
@@ -167,3 +176,17 @@ def test_every_field_has_a_sentence() -> None:
             assert name == "type" or (field.description or "").endswith("."), f"{section.__name__}.{name}"
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 waiting.append(field.annotation)
+
+
+def test_the_older_name_of_the_gates_switch_is_read() -> None:
+    assert not parse_config(changed(publish={"require_improvement": False})).publish.require_gate
+    assert not parse_config(changed(publish={"require_gate": False})).publish.require_gate
+    assert parse_config(MINIMAL).publish.require_gate
+
+
+def test_a_threshold_is_dropped_by_the_word_off() -> None:
+    assert parse_config(MINIMAL).gate.max_perplexity_ratio == 1.5
+    for value in ("off", None):
+        config = parse_config(changed(gate={"max_perplexity_ratio": value}))
+        assert config.gate.max_perplexity_ratio is None
+        assert parse_config(config.model_dump(mode="json")) == config

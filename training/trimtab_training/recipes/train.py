@@ -1,5 +1,6 @@
 """Train an adapter LM on the tailored policy, from logged and fresh rollouts to a published version."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.checkpoint import RunState, save_checkpoint
 from trimtab_training.config import PromptFile, TrainConfig
+from trimtab_training.evaluation.held_out import BASE, STEERED
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.log_intake import LogIntake
@@ -23,20 +25,24 @@ from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
 from trimtab_training.publish import VersionInfo, register_version, write_version
-from trimtab_training.recipes.evaluate import evaluate
+from trimtab_training.recipes.evaluate import Evaluation, evaluate
 from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
+from trimtab_training.report.writing import write_run_report
 from trimtab_training.rewards import RatedOnly, Scorer, SingleVersionScorer
 from trimtab_training.rollouts import Sample
 from trimtab_training.tracking import Tracker
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
+from trimtab_training.verdict import judge_run
 from trimtab_training.wiring import (
     build_learner,
     build_scorer,
+    build_second_scorer,
     build_source,
     checkpoints_of,
     cpu_threads,
     find_checkpoint,
     intermediate_name,
+    served_procedure,
     served_transform,
     version_info,
 )
@@ -53,9 +59,10 @@ class TrainResult:
     Attributes:
         version: Id of the published version.
         path: Its directory.
-        evaluation: Figures of `recipes.evaluate.evaluate`; empty when nothing was held out.
+        evaluation: `Verdict.to_json`.
         is_registered: Whether a gateway knows it.
         activated_route: Route that now uses it, if any.
+        is_canary: Whether only a share of that route's requests does.
         num_steps: Optimiser steps taken.
     """
 
@@ -65,6 +72,7 @@ class TrainResult:
     is_registered: bool
     activated_route: str | None
     num_steps: int
+    is_canary: bool = False
 
 
 def train(
@@ -132,6 +140,8 @@ class _Run:
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
         )
+        second = build_second_scorer(config, gateway)
+        self.second_scorer = None if second is None else SingleVersionScorer(second)
         self.source = build_source(
             config,
             self.learner,
@@ -166,12 +176,12 @@ class _Run:
                 if every and self.learner.step % every == 0 and self.learner.step < self.config.steps:
                     self._save()
             self._save()
-            evaluation = self._evaluate(tracker)
+            found = self._evaluate(tracker)
         except TrainingInterrupted:
             if self.learner.objective.num_rollouts:
                 self._save()
             raise
-        return self._publish(evaluation, tracker)
+        return self._publish(found, tracker)
 
     def _gather_prompts_and_log(self, tracker: Tracker) -> None:
         """Split the prompts and, in a new run, fill the pool from the log; held-out prompts never enter it."""
@@ -322,24 +332,27 @@ class _Run:
             keep=self.config.checkpoint.keep,
         )
 
-    def _evaluate(self, tracker: Tracker) -> dict[str, Any]:
+    def _evaluate(self, tracker: Tracker) -> Evaluation | None:
         if not self.held_out:
-            return {}
+            return None
         tracker.say("evaluating")
         self._tell("evaluating")
-        result = evaluate(
+        found = evaluate(
             self.source,
-            self.scorer,
+            [self.scorer] if self.second_scorer is None else [self.scorer, self.second_scorer],
             self.learner.policy,
             self.held_out,
             adapter_prefix=self.learner.objective.prefix,
+            procedure=served_procedure(self.config, self.gateway),
+            sampling=self.config.sampling,
             config=self.config.evaluation,
             seed=self._draw_seed(1 << 31),
         )
-        flat = {f"evaluation/{key}": float(value) for key, value in result.items() if isinstance(value, int | float)}
-        flat |= {f"evaluation/{who}_reward": float(result[who]["mean_reward"]) for who in ("base", "steered")}
+        figures = found.figures.to_json()
+        flat = {f"evaluation/{key}": float(value) for key, value in figures.items() if isinstance(value, int | float)}
+        flat |= {f"evaluation/{who}_reward": float(figures[who]["mean_reward"]) for who in (BASE, STEERED)}
         tracker.log(self.learner.step, flat)
-        return result
+        return found
 
     def _version_info(self, name: str, evaluation: dict[str, Any]) -> VersionInfo:
         return version_info(
@@ -348,28 +361,38 @@ class _Run:
             name=name,
             parent=self.start.parent,
             transform=self.transform_config,
-            reward=f"{self.scorer.name}@{self.scorer.version}",
+            reward=self._reward,
             evaluation=evaluation,
         )
 
-    def _publish(self, evaluation: dict[str, Any], tracker: Tracker) -> TrainResult:
-        """Write the version, register it and switch the route if that is wanted and earned."""
+    def _publish(self, found: Evaluation | None, tracker: Tracker) -> TrainResult:
+        """Write the version and the report, register it and switch the route if that is wanted and earned."""
         tracker.say("publishing")
         config = self.config.publish
+        verdict = judge_run(self.config.gate, found)
+        evaluation = verdict.to_json()
         directory = write_version(
             self.config.output_dir / "versions",
             self.learner.policy.adapter,
             self.vocabulary,
             self._version_info(config.name, evaluation),
         )
-        activated = None
+        write_run_report(
+            self.config, found, verdict, version=directory.version, num_steps=self.learner.step, reward=self._reward
+        )
+        activated, is_canary = None, False
         if self.gateway is not None:
             version = register_version(self.gateway, directory)
-            if config.route is not None and (_is_better(evaluation) or not config.require_improvement):
-                self.gateway.activate(config.route, config.name, version, self.config.models.alpha)
+            if config.route is not None and (verdict.gate.passed or not config.require_gate):
                 activated = config.route
+                is_canary = self._switch(self.gateway, config.route, version, is_forced=not verdict.gate.passed)
             elif config.route is not None:
-                logger.warning("version %s does not beat the base; the route %s stays", version, config.route)
+                logger.warning(
+                    "version %s has not passed the gate, the route %s stays: %s",
+                    version,
+                    config.route,
+                    "; ".join(verdict.gate.reasons),
+                )
         return TrainResult(
             version=directory.version,
             path=str(directory.path),
@@ -377,9 +400,20 @@ class _Run:
             is_registered=self.gateway is not None,
             activated_route=activated,
             num_steps=self.learner.step,
+            is_canary=is_canary,
         )
 
+    def _switch(self, gateway: GatewayClient, route: str, version: VersionId, *, is_forced: bool) -> bool:
+        """Put the version on a route; returns whether as a canary, which a route that is made by it cannot have."""
+        name, alpha, percent = self.config.publish.name, self.config.models.alpha, self.config.publish.canary_percent
+        if percent is not None:
+            with contextlib.suppress(NotFoundError):
+                gateway.promote(route, name, version, alpha, percent=percent, is_forced=is_forced)
+                return True
+        gateway.activate(route, name, version, alpha)
+        return False
 
-def _is_better(evaluation: Mapping[str, Any]) -> bool:
-    """Whether the 95 % interval of the reward difference to the base lies above 0."""
-    return bool(evaluation) and float(evaluation["reward_difference_interval"][0]) > 0.0
+    @property
+    def _reward(self) -> str:
+        """`name@version`."""
+        return f"{self.scorer.name}@{self.scorer.version}"

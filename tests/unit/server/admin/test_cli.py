@@ -99,6 +99,23 @@ async def test_a_relative_directory_is_sent_as_an_absolute_path(
     assert (await run("adapters", "add", "kind", "kind")).startswith("kind ")
 
 
+async def test_a_canary_is_begun_shown_and_ended(bench: Bench, run: Run) -> None:
+    versions = []
+    for weight in (0.1, 0.2):
+        directory = make_model_directory(bench.directory / f"kind-{weight}", weight=weight)
+        versions.append((await run("adapters", "add", "kind", str(directory))).split()[1])
+    await run("routes", "activate", "nice", "kind", "--version", versions[0])
+    promote = ("routes", "promote", "nice", "kind", "--percent", "5", "--answers", "80", "--min-answers", "8")
+    assert "has not passed the gate: it was never evaluated" in await run(*promote, status=1)
+    line = await run(*promote, "--timeout-s", "60", "--force", "--comment", "try")
+    assert line == f"nice is at revision 2: kind@{versions[0]}=1, and for 5 % kind@{versions[1]}=1\n"
+    shown = json.loads(await run("routes", "canary", "nice"))
+    assert (shown["version"], shown["num_answers"], shown["min_answers"]) == (versions[1], 80, 8)
+    assert (shown["timeout_s"], shown["outcomes"]["canary"]["num_answers"]) == (60.0, 0)
+    assert "and for 5 %" in await run("routes", "list")
+    assert await run("routes", "rollback", "nice") == f"nice is at revision 3: kind@{versions[0]}=1\n"
+
+
 async def test_routes_are_set_listed_rolled_back_and_deleted(bench: Bench, run: Run) -> None:
     directory = make_model_directory(bench.directory / "kind")
     version = (await run("adapters", "add", "kind", str(directory))).split()[1]
