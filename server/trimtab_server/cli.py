@@ -20,6 +20,7 @@ from trimtab_server.commands.jobs import build_jobs_commands
 from trimtab_server.commands.rewards import build_rewards_commands
 from trimtab_server.commands.rollouts import build_rollouts_commands
 from trimtab_server.commands.routes import build_routes_commands
+from trimtab_server.commands.schedules import build_schedules_commands
 from trimtab_server.commands.serve import serve
 
 GROUP = "trimtab.commands"
@@ -69,6 +70,7 @@ def build_app(programs: Mapping[str, EntryPoint]) -> typer.Typer:
     app.command("calibrate")(calibrate)
     app.add_typer(build_calibrators_commands(), name="calibrators")
     app.add_typer(build_jobs_commands(), name="jobs")
+    app.add_typer(build_schedules_commands(), name="schedules")
     app.command("engines")(list_engines)
     return app
 

@@ -33,6 +33,7 @@ from trimtab_server.metrics import Metrics
 from trimtab_server.overoptimization.cap_survey import CapSurvey
 from trimtab_server.overoptimization.selection_caps import SelectionCaps
 from trimtab_server.rewards.registry import RewardRegistry
+from trimtab_server.schedules.scheduler import Scheduler
 from trimtab_server.settings import Settings
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
 from trimtab_server.storage.canaries import SqlCanaries
@@ -46,6 +47,8 @@ from trimtab_server.storage.reward_specs import SqlRewardSpecs
 from trimtab_server.storage.rollout_log import SpooledRolloutLog
 from trimtab_server.storage.rollouts import SqlRolloutReader
 from trimtab_server.storage.selection_caps import SqlSelectionCaps
+from trimtab_server.storage.traffic import SqlTraffic
+from trimtab_server.storage.training_schedules import TrainingSchedules
 from trimtab_server.supervisor import EngineSupervisor
 
 logger = logging.getLogger(__name__)
@@ -123,6 +126,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
     reader = SqlRolloutReader(database)
     selection_caps = SelectionCaps(SqlSelectionCaps(database))
     canaries = CanaryWatcher(SqlCanaries(catalog))
+    schedules = TrainingSchedules(database)
 
     async def base_vocabulary() -> tuple[str, int] | None:
         try:
@@ -139,6 +143,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         reader=reader,
         flush=rollout_log.flush,
         jobs=TrainingJobs(database),
+        schedules=schedules,
         rewards=rewards,
         cap_survey=CapSurvey(reader, rollout_log.flush, rewards, selection_caps, settings.base_model),
         engines=[engine],
@@ -166,7 +171,12 @@ async def build_parts(settings: Settings) -> GatewayParts:
         canaries=canaries,
         scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
         routers=[build_admin_router(admin), build_feedback_router(SqlFeedback(database, rollout_log.flush))],
-        background=[*background, residency.keep_converged, canaries.run],
+        background=[
+            *background,
+            residency.keep_converged,
+            canaries.run,
+            Scheduler(schedules, SqlTraffic(database)).run,
+        ],
         metrics=metrics,
         on_stop=[rewards.aclose, rollout_log.aclose, close_database],
     )

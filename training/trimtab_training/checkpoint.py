@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step-00000500`: `adapter/` (an ordinary model directory), `optimiser.pt`, `objective.npz`
 and `state.json`, and `objective.safetensors` where the objective has weights of its own. It is written under a
-temporary name, flushed and renamed, so a crash never leaves half of one.
+temporary name, flushed and renamed, so a crash never leaves half of one. The same step written again (after a resume)
+is `step-00000500.1`, and so on: the one before goes only when the new one is there.
 """
 
 import json
@@ -29,7 +30,8 @@ from trimtab_training.objectives.objective import ObjectiveState
 
 SCHEMA_VERSION = 2
 _TENSORS = "objective.safetensors"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_TEMPORARY = ".tmp-"
 _MAY_CHANGE = (
     "output_dir",
     "gateway",
@@ -45,6 +47,8 @@ _MAY_CHANGE = (
     "publish",
     "log_every",
     "num_threads",
+    "processes",
+    "limits",
     "models.device",
 )
 """Settings, by the beginning of their name, that do not change what is learned."""
@@ -60,6 +64,7 @@ class RunState:
         parent: Adapter version that the run started from, if any.
         control_token_ids: As in `AdapterStart`.
         fixed_prefix: As in `AdapterStart`.
+        spent_s: Seconds that the run took up to here, over all its attempts.
     """
 
     next_round: int
@@ -67,6 +72,7 @@ class RunState:
     parent: str | None
     control_token_ids: tuple[int, ...] = ()
     fixed_prefix: tuple[int, ...] = ()
+    spent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +98,21 @@ def save_checkpoint(
         WeightsError: A weight is NaN or infinite; the older checkpoints stay.
         StorageError: The disk refused.
     """
-    target = directory / f"step-{learner.step:08d}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory))
+        target = _new_name(directory, learner.step)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
         try:
             _write(temporary, learner, run, config, vocabulary)
             sync_tree(temporary)
-            if target.exists():  # the same step again, after a resume: the content is the same
-                shutil.rmtree(target)
             temporary.rename(target)
             sync_directory(directory)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for old in _directories(directory)[:-keep]:
-            shutil.rmtree(old)
+        _delete_old(directory, target, keep=keep)
     except OSError as exc:
-        raise StorageError(f"the checkpoint {target} cannot be written: {exc}") from exc
+        raise StorageError(f"no checkpoint can be written to {directory}: {exc}") from exc
     return target
 
 
@@ -131,10 +134,28 @@ def _write(path: Path, learner: Learner[Any], run: RunState, config: ConfigSecti
         "parent": run.parent,
         "control_token_ids": run.control_token_ids,
         "fixed_prefix": run.fixed_prefix,
+        "spent_s": run.spent_s,
         "objective": dict(objective.values),
         "config": config.model_dump(mode="json"),
     }
     (path / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def _new_name(directory: Path, step: int) -> Path:
+    """Where a checkpoint of this step goes: a name that is not taken and sorts behind those that are."""
+    taken = [order for path in _directories(directory) if (order := _order(path))[0] == step]
+    name = f"step-{step:08d}"
+    return directory / (f"{name}.{taken[-1][1] + 1}" if taken else name)
+
+
+def _delete_old(directory: Path, newest: Path, *, keep: int) -> None:
+    """Delete what the newest checkpoint replaces, all but `keep`, and what a crash left half written."""
+    step = _order(newest)[0]
+    found = _directories(directory)
+    replaced = [path for path in found if _order(path)[0] == step and path != newest]
+    others = [path for path in found if path not in replaced]
+    for old in (*replaced, *others[:-keep], *directory.glob(f"{_TEMPORARY}*")):
+        shutil.rmtree(old)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -166,6 +187,7 @@ def open_checkpoint(path: Path, config: ConfigSection) -> Checkpoint:
             state["parent"],
             tuple(state["control_token_ids"]),
             tuple(state["fixed_prefix"]),
+            float(state.get("spent_s", 0.0)),
         ),
     )
 
@@ -208,7 +230,13 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _directories(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:]))
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=_order)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Step and how often it had been written before."""
+    found = _NAME.fullmatch(path.name)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 
 if TYPE_CHECKING:
-    from trimtab_training.recipes.train import Report, TrainResult
+    from trimtab_training.job_feed import JobFeed
+    from trimtab_training.processes import Processes
+    from trimtab_training.recipes.train import TrainResult
 
 _INTERRUPTED = 130
 """Exit status after a stop by signal, as shells give it."""
@@ -30,6 +32,9 @@ def train(argv: list[str]) -> int:
     """Train one adapter as a configuration file says; returns the exit status."""
     parser = argparse.ArgumentParser(prog="trimtab train", description="Train an adapter LM and publish a version.")
     _add_run_arguments(parser)
+    parser.add_argument(
+        "--processes", type=int, default=None, metavar="N", help="processes that train together; overrides `processes`"
+    )
     arguments = _parse(parser, argv)
     if isinstance(arguments, int):
         return arguments
@@ -37,7 +42,8 @@ def train(argv: list[str]) -> int:
     interruption = Interruption()
     with _signals(lambda: interruption.request("released")):
         try:
-            config = load_config(arguments.config, arguments.overrides)
+            overrides = [*arguments.overrides, *_given("processes", arguments.processes)]
+            config = load_config(arguments.config, overrides)
             result = _run_recipe(config, interruption, resume=arguments.resume)
         except TrimtabError as exc:
             _complain(f"trimtab train: {exc.message}")
@@ -151,8 +157,8 @@ def _run_worker(arguments: argparse.Namespace) -> int:
 
     admin_key = arguments.admin_key or os.environ.get("TRIMTAB_ADMIN_KEY")
 
-    def recipe(config: TrainConfig, interruption: Interruption, report: "Report") -> "TrainResult":
-        return _run_recipe(config, interruption, resume=True, report=report, admin_key=admin_key)
+    def recipe(config: TrainConfig, interruption: Interruption, feed: "JobFeed") -> "TrainResult":
+        return _run_recipe(config, interruption, resume=True, feed=feed, admin_key=admin_key)
 
     with GatewayClient(arguments.url, admin_key=admin_key, timeout_s=30.0, retry_for_s=60.0) as gateway:
         worker = Worker(
@@ -214,7 +220,7 @@ def _run_recipe(
     interruption: Interruption,
     *,
     resume: bool,
-    report: "Report | None" = None,
+    feed: "JobFeed | None" = None,
     admin_key: str | None = None,
 ) -> "TrainResult":
     from transformers.utils import logging as transformers_logging
@@ -222,11 +228,20 @@ def _run_recipe(
     from trimtab_training.recipes.train import train as run
 
     transformers_logging.disable_progress_bar()  # a bar for every load and save would tear ours apart
-    if config.gateway is None:
-        return run(config, interruption=interruption, report=report, resume=resume)
-    gateway = _connect(config.gateway, interruption, admin_key=admin_key)
-    with gateway:
-        return run(config, gateway=gateway, interruption=interruption, report=report, resume=resume)
+    with ExitStack() as stack:
+        gateway = None
+        if config.gateway is not None:
+            gateway = stack.enter_context(_connect(config.gateway, interruption, admin_key=admin_key))
+        return run(
+            config,
+            gateway=gateway,
+            interruption=interruption,
+            report=feed,
+            listener=feed.metrics.add if feed is not None else None,
+            resume=resume,
+            wait_for_directory=feed is not None,
+            processes=stack.enter_context(_processes_of(config)),
+        )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace | int:
@@ -234,6 +249,21 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
         return parser.parse_args(argv)
     except SystemExit as exc:  # argparse has said what is wrong, or printed its help
         return exc.code if isinstance(exc.code, int) else 1
+
+
+def _processes_of(config: TrainConfig) -> "AbstractContextManager[Processes]":
+    if config.processes == 1:
+        from trimtab_training.processes import SingleProcess
+
+        return nullcontext(SingleProcess())
+    from trimtab_training.launching import launched
+
+    return launched(config)
+
+
+def _given(key: str, value: object) -> list[str]:
+    """An option as an override; none when it was left out."""
+    return [] if value is None else [f"{key}={value}"]
 
 
 def _complain(message: str) -> None:

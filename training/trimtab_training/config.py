@@ -135,6 +135,20 @@ class CheckpointConfig(ConfigSection):
     """Newest checkpoints that are kept."""
 
 
+class LimitsConfig(ConfigSection):
+    """What a run may take. Beyond a limit it writes a checkpoint and fails; raise the limit to let it go on."""
+
+    time_s: float | None = Field(default=None, gt=0)
+    """Seconds, over all attempts up to their last checkpoint and the present one; left out means any."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Resident memory in GiB of all the run's processes together; left out means any. Memory that processes share
+    counts in each."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """GPU memory in GiB that torch holds in the first process; left out means any."""
+    interval_s: float = Field(default=1.0, gt=0, le=60)
+    """Seconds between two looks at the memory."""
+
+
 class PublishConfig(ConfigSection):
     """The version that comes out."""
 
@@ -183,12 +197,16 @@ class TrainConfig(ConfigSection):
     """What the comparison must show before the version may take traffic."""
     report: ReportConfig = ReportConfig()
     """The report at the end."""
+    limits: LimitsConfig = LimitsConfig()
+    """When the run is broken off."""
     steps: int = Field(default=8000, ge=1)
     """Optimiser steps of the whole run."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds control tokens, held-out prompts, batches and sampling."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; left out means torch's own choice. 1 is faster where an engine keeps the cores busy."""
+    processes: int = Field(default=1, ge=1, le=64)
+    """Processes on this machine that share the rows of each step, with a GPU each where `models.device` is `cuda`."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics."""
 

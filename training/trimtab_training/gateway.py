@@ -55,6 +55,10 @@ class TrainingJob(BaseModel):
     id: str
     state: str
     config: dict[str, Any] = {}
+    attempt: int | None = None
+    """Which claim of the job this is; older ones are over."""
+    lease_s: float = 120.0
+    """How long after a heartbeat another worker may claim the job."""
 
 
 class _Registered(BaseModel):
@@ -237,14 +241,23 @@ class GatewayClient:
         response = self._admin("POST", "/admin/training-jobs/claim", {"worker": worker}, repeatable=False)
         return None if response.status_code == 204 else _parse(TrainingJob, response)
 
-    def heartbeat(self, job: str, worker: str, progress: Mapping[str, Any]) -> TrainingJob:
-        """Say that the worker is still at it; the job's state in the answer may be `cancelled`."""
-        body = {"worker": worker, "progress": dict(progress)}
-        return _parse(TrainingJob, self._admin("POST", f"/admin/training-jobs/{quote(job, safe='')}/heartbeat", body))
+    def heartbeat(self, job: TrainingJob, worker: str, news: Mapping[str, Any]) -> TrainingJob:
+        """Say that the worker is still at it; the job's state in the answer may be `cancelled`.
+
+        Args:
+            job: As it was claimed.
+            worker: The worker's name.
+            news: `progress` and the new lines of `log` and `metrics`, see `JobFeed.body`.
+        """
+        return _parse(TrainingJob, self._of_job(job, "heartbeat", {"worker": worker, **news}))
+
+    def release_job(self, job: TrainingJob, worker: str) -> None:
+        """Give a job back for another worker to go on with."""
+        self._of_job(job, "release", {"worker": worker})
 
     def finish_job(
         self,
-        job: str,
+        job: TrainingJob,
         worker: str,
         *,
         state: str,
@@ -256,7 +269,11 @@ class GatewayClient:
         body = {"worker": worker, "state": state}
         extra = {"version": version, "evaluation": evaluation, "error": error}
         body |= {key: value for key, value in extra.items() if value is not None}  # type: ignore[misc]
-        self._admin("POST", f"/admin/training-jobs/{quote(job, safe='')}/finish", body)
+        self._of_job(job, "finish", body)
+
+    def _of_job(self, job: TrainingJob, action: str, body: Mapping[str, Any]) -> httpx.Response:
+        attempt = {} if job.attempt is None else {"attempt": job.attempt}
+        return self._admin("POST", f"/admin/training-jobs/{quote(job.id, safe='')}/{action}", {**body, **attempt})
 
     def _admin(self, method: str, path: str, body: Mapping[str, Any], *, repeatable: bool = True) -> httpx.Response:
         return self._http.call(method, path, headers=self._admin_headers, json=body, repeatable=repeatable)

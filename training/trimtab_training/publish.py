@@ -12,8 +12,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trimtab_adapters.contract.errors import IntegrityError, StorageError, TrimtabError
-from trimtab_adapters.contract.manifest import MANIFEST_FILE, FileEntry, Manifest
+from trimtab_adapters.contract.errors import (
+    ConflictError,
+    IntegrityError,
+    ManifestError,
+    NotFoundError,
+    StorageError,
+    TrimtabError,
+)
+from trimtab_adapters.contract.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.store import VersionStore
 from trimtab_training.durable_files import sync_directory, sync_tree
@@ -23,6 +30,12 @@ from trimtab_training.models import Vocabulary, save_causal_lm
 from trimtab_training.rollouts import NamedVersion
 
 logger = logging.getLogger(__name__)
+
+VERSIONS = "versions"
+"""Directory of a run's results."""
+INTERMEDIATE = "intermediate"
+"""Directory of the versions that a run draws with; each is deleted after its round."""
+_TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +87,7 @@ def write_version(store: Path, model: Any, vocabulary: Vocabulary, info: Version
         return _write_lora(store, model, info, info.trunk)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=store))
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=store))
         try:
             save_causal_lm(model, temporary, vocabulary.path)
             manifest = _manifest(temporary, vocabulary, info)
@@ -141,6 +154,21 @@ def temporary_version(
                 logger.warning("the intermediate version %s could not be retired: %s", version, exc)
     finally:
         shutil.rmtree(directory.path, ignore_errors=True)
+
+
+def sweep(output_dir: Path, gateway: GatewayClient | None) -> None:
+    """Retire and delete what a run that was killed left in its directory, other than its results."""
+    for store in (VERSIONS, INTERMEDIATE):
+        for path in (output_dir / store).glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (output_dir / INTERMEDIATE).glob("*"):
+        if gateway is not None:
+            try:
+                manifest = read_manifest(path)
+                gateway.retire(manifest.name, manifest.version_id)
+            except (ManifestError, NotFoundError, ConflictError) as exc:
+                logger.info("%s was not in use: %s", path, exc.message)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _manifest(directory: Path, vocabulary: Vocabulary, info: VersionInfo) -> Manifest:

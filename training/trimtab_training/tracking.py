@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,6 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+
+Listener = Callable[[Mapping[str, float]], None]
+"""Is told each line of the file as it is written."""
 
 
 class Tracker:
@@ -23,16 +26,24 @@ class Tracker:
         output_dir: Made if need be.
         num_steps: Steps of the whole run.
         first_step: Steps already taken.
+        listener: Told what is logged.
         show_progress: Whether the bar is drawn; None draws it on a terminal only.
     """
 
     def __init__(
-        self, output_dir: Path, *, num_steps: int, first_step: int = 0, show_progress: bool | None = None
+        self,
+        output_dir: Path,
+        *,
+        num_steps: int,
+        first_step: int = 0,
+        listener: Listener | None = None,
+        show_progress: bool | None = None,
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / METRICS_FILE
         _keep_up_to(path, first_step)
         self._lines = path.open("a", encoding="utf-8", buffering=1)
+        self._listener = listener or (lambda line: None)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
         disable = None if show_progress is None else not show_progress
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=disable, dynamic_ncols=True)
@@ -49,7 +60,9 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write figures that belong to the time after `step` steps."""
-        self._lines.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        line = {"step": step, "time": time.time(), **metrics}
+        self._lines.write(json.dumps(line) + "\n")
+        self._listener(line)
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 

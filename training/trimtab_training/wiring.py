@@ -39,7 +39,8 @@ from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
 from trimtab_training.policy import TailoredPolicy
-from trimtab_training.publish import VersionInfo, temporary_version
+from trimtab_training.processes import Processes
+from trimtab_training.publish import INTERMEDIATE, VersionInfo, temporary_version
 from trimtab_training.rewards import GatewayScorer, LocalScorer, RatedOnly, Scorer
 from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, RolloutSource
 from trimtab_training.transform_config import TransformConfig
@@ -69,7 +70,7 @@ def find_checkpoint(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
 
 
 def build_learner(
-    config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None
+    config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None, *, processes: Processes | None = None
 ) -> tuple[Learner, AdapterStart]:
     """Load both models and put them together with the objective and the optimiser; also what the adapter began as.
 
@@ -105,6 +106,7 @@ def build_learner(
         build_objective(config.objective, start, seed=config.seed),
         optimiser=config.optimiser,
         num_steps=config.steps,
+        processes=processes,
     )
     if checkpoint is not None:
         restore_learner(checkpoint, learner)
@@ -175,7 +177,7 @@ def build_source(
         raise InvalidRequestError("fresh.model is missing")
 
     def current_version() -> AbstractContextManager[NamedVersion]:
-        store = config.output_dir / "intermediate"
+        store = config.output_dir / INTERMEDIATE
         return temporary_version(connection, store, learner.policy.adapter, vocabulary, describe())
 
     return GatewaySource(

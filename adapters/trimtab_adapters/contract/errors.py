@@ -247,3 +247,21 @@ class StorageError(TrimtabError):
     """The database or the spool failed."""
 
     default_code = "storage_error"
+
+
+class TrainingError(TrimtabError):
+    """A training run cannot go on. Its checkpoints stay, and it can be resumed when the reason is gone."""
+
+    default_code = "training_failed"
+
+
+class TrainingLimitError(TrainingError):
+    """The run took more time or memory than its configuration allows."""
+
+    default_code = "training_limit"
+
+
+class ProcessLostError(TrainingError):
+    """One of the processes that trained together ended, so the others cannot take another step."""
+
+    default_code = "process_lost"

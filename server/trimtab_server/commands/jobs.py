@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,10 @@ _COLUMNS = {
     "error": "ERROR",
 }
 
+_ENDED = ("succeeded", "failed", "cancelled")
+_FOLLOW_S = 2.0
+_FOLLOWED_TAIL = 2000
+
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 
 
@@ -35,7 +40,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Queue a training job; a `trimtab trainer` takes it."""
-    body = {"config": _read_config(config), "name": name}
+    body = {"config": read_config(config), "name": name}
     with AdminClient(url, admin_key) as client:
         job = client.post("training-jobs", body=body)
     if as_json:
@@ -72,12 +77,54 @@ def cancel(job: JobId, url: Url = DEFAULT_URL, admin_key: AdminKey = None) -> No
     print_line(f"{cancelled['id']} is {cancelled['state']}")
 
 
+def log(
+    job: JobId,
+    tail: Annotated[int, typer.Option(min=1, max=2000, help="Newest lines to show.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+) -> None:
+    """Show the end of a job's log."""
+    seen = (0, 0)
+    with AdminClient(url, admin_key) as client:
+        while True:
+            has_ended = (
+                client.get("training-jobs", job)["state"] in _ENDED
+            )  # asked first: then its last lines are there
+            lines = client.get("training-jobs", job, "log", params={"tail": tail})["data"]
+            for line in lines:
+                if (place := (line["attempt"], line["number"])) > seen:
+                    print_line(line["text"])
+                    seen = place
+            if has_ended or not follow:
+                return
+            tail = _FOLLOWED_TAIL
+            time.sleep(_FOLLOW_S)
+
+
+def metrics(
+    job: JobId,
+    tail: Annotated[int, typer.Option(min=1, max=2000, help="Newest lines to show.")] = 20,
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest metrics of a job."""
+    with AdminClient(url, admin_key) as client:
+        lines = client.get("training-jobs", job, "metrics", params={"tail": tail})["data"]
+    names = {name: name for line in lines for name in line["figures"]}
+    rows = lines if as_json else [{"step": line["step"], **line["figures"]} for line in lines]
+    print_rows(rows, {"step": "STEP", **names}, as_json=as_json, empty="The job has reported no metrics yet.")
+
+
 def build_jobs_commands() -> typer.Typer:
     """The group `jobs`."""
     group = typer.Typer(no_args_is_help=True, help="Training jobs.")
     group.command("submit")(submit)
     group.command("list")(list_jobs)
     group.command("show")(show)
+    group.command("log")(log)
+    group.command("metrics")(metrics)
     group.command("cancel")(cancel)
     return group
 
@@ -87,7 +134,8 @@ def _row(job: dict[str, Any]) -> dict[str, Any]:
     return {**job, "progress": progress, "error": (job["error"] or "").partition("\n")[0]}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A training configuration from a file or standard input. Raises `CommandError`."""
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         text = raw.decode("utf-8")

@@ -270,3 +270,22 @@ class TrainingJob:
     evaluation: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     name: str = ""
+    attempt: int = 0
+    """How often it was claimed. A worker names the attempt that it works on; an older one is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobLine:
+    """A line of a training job's log or metrics.
+
+    Attributes:
+        attempt: Which attempt wrote it, from 1.
+        number: Its place in that attempt, from 1; numbers that are missing were too many to send.
+        content: Text of the log, or figures by name.
+        step: Of metrics: optimiser steps taken.
+    """
+
+    attempt: int
+    number: int
+    content: Any
+    step: float | None = None

@@ -1,7 +1,8 @@
 """The queue of training jobs: each is worked on by one worker at a time.
 
 queued ──claim──> running ──finish──> succeeded | failed
-   └────cancel──────┴──> cancelled
+   │  <──release──     │
+   └────cancel────────┴──> cancelled
 running ──claim, when its heartbeat is older than the lease──> running, by another worker
 """
 
@@ -14,8 +15,9 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, RowMapping, select, update
 
 from trimtab_adapters.contract.errors import ConflictError, NotFoundError
-from trimtab_server.storage.base import JobState, TrainingJob
+from trimtab_server.storage.base import JobLine, JobState, TrainingJob
 from trimtab_server.storage.database import Database
+from trimtab_server.storage.job_lines import MAX_LINES, Kind, read_lines, store_lines
 from trimtab_server.storage.tables import training_jobs
 
 LEASE_S = 120.0
@@ -36,6 +38,7 @@ _FIELDS = tuple(
         "evaluation",
         "error",
         "name",
+        "attempt",
     )
 )
 
@@ -46,29 +49,30 @@ class TrainingJobs:
     Args:
         database: Migrated.
         lease_s: How old a heartbeat may be before another worker may claim the job, in seconds.
+        num_lines: Newest lines of log and of metrics that are kept of each job.
         clock: Unix seconds.
     """
 
-    def __init__(self, database: Database, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease_s: float = LEASE_S,
+        num_lines: int = MAX_LINES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._database = database
-        self._lease_s = lease_s
+        self.lease_s = lease_s
+        self._num_lines = num_lines
         self._clock = clock
 
     async def submit(self, config: Mapping[str, Any], *, name: str = "") -> TrainingJob:
         """Queue a job."""
-        now, job_id = self._clock(), f"job-{uuid.uuid4().hex}"
-        row = {
-            "id": job_id,
-            "name": name,
-            "state": "queued",
-            "config": dict(config),
-            "created_at": now,
-            "updated_at": now,
-            "progress": {},
-            "evaluation": {},
-        }
-        await self._database.write(lambda connection: connection.execute(training_jobs.insert().values(row)))
-        return await self.get(job_id)
+
+        def work(connection: Connection) -> TrainingJob:
+            return _get(connection, insert_job(connection, config, name=name, now=self._clock()))
+
+        return await self._database.write(work)
 
     async def get(self, job_id: str) -> TrainingJob:
         """Raises `NotFoundError`."""
@@ -89,8 +93,19 @@ class TrainingJobs:
         """Give the oldest waiting or abandoned job to a worker; None when there is none."""
         return await self._database.write(lambda connection: self._claim(connection, worker))
 
-    async def heartbeat(self, job_id: str, worker: str, progress: Mapping[str, Any]) -> TrainingJob:
-        """Extend the worker's lease and store its progress. A job in state `cancelled` is returned unchanged.
+    async def heartbeat(
+        self,
+        job_id: str,
+        worker: str,
+        progress: Mapping[str, Any],
+        *,
+        attempt: int | None = None,
+        log: Sequence[JobLine] = (),
+        metrics: Sequence[JobLine] = (),
+    ) -> TrainingJob:
+        """Extend the worker's lease and store its progress and the new lines of its log and metrics.
+
+        A job in state `cancelled` stays so and is returned, with the lines added. `attempt` None is any of the worker.
 
         Raises:
             NotFoundError: There is no such job.
@@ -101,9 +116,38 @@ class TrainingJobs:
 
         def work(connection: Connection) -> TrainingJob:
             job = _get(connection, job_id, for_update=True)
-            if job.state == "cancelled" and job.worker == worker:
+            if job.state != "cancelled" or not _is_owner(job, worker, attempt):
+                _check_owner(job, worker, attempt)
+                connection.execute(update(training_jobs).where(training_jobs.c.id == job_id).values(values))
+            kinds: dict[Kind, Sequence[JobLine]] = {"log": log, "metrics": metrics}
+            for kind, lines in kinds.items():
+                store_lines(self._database, connection, job_id, kind, lines, keep=self._num_lines)
+            return _get(connection, job_id)
+
+        return await self._database.write(work)
+
+    async def lines(self, job_id: str, kind: Kind, *, tail: int) -> Sequence[JobLine]:
+        """The newest lines of a job's log or metrics, oldest first. Raises `NotFoundError`."""
+
+        def fetch(connection: Connection) -> list[JobLine]:
+            return read_lines(connection, _get(connection, job_id).id, kind, tail=tail)
+
+        return await self._database.read(fetch)
+
+    async def release(self, job_id: str, worker: str, *, attempt: int | None = None) -> TrainingJob:
+        """Put a job back into the queue, for another worker to go on with at once.
+
+        Raises:
+            NotFoundError: There is no such job.
+            ConflictError: The job is another worker's now, or has ended.
+        """
+        values = {"state": "queued", "updated_at": self._clock()}
+
+        def work(connection: Connection) -> TrainingJob:
+            job = _get(connection, job_id, for_update=True)
+            if job.state == "queued" and _is_owner(job, worker, attempt):  # asked again
                 return job
-            _check_owner(job, worker)
+            _check_owner(job, worker, attempt)
             connection.execute(update(training_jobs).where(training_jobs.c.id == job_id).values(values))
             return _get(connection, job_id)
 
@@ -115,6 +159,7 @@ class TrainingJobs:
         worker: str,
         state: Literal["succeeded", "failed"],
         *,
+        attempt: int | None = None,
         version: str | None = None,
         evaluation: Mapping[str, Any] | None = None,
         error: str | None = None,
@@ -135,9 +180,9 @@ class TrainingJobs:
 
         def work(connection: Connection) -> TrainingJob:
             job = _get(connection, job_id, for_update=True)
-            if job.worker == worker and job.state in ("cancelled", state):
+            if _is_owner(job, worker, attempt) and job.state in ("cancelled", state):
                 return job
-            _check_owner(job, worker)
+            _check_owner(job, worker, attempt)
             connection.execute(update(training_jobs).where(training_jobs.c.id == job_id).values(values))
             return _get(connection, job_id)
 
@@ -167,16 +212,39 @@ class TrainingJobs:
     def _claim(self, connection: Connection, worker: str) -> TrainingJob | None:
         table, now = training_jobs, self._clock()
         claimable: ColumnElement[bool] = (table.c.state == "queued") | (
-            (table.c.state == "running") & (table.c.heartbeat_at < now - self._lease_s)
+            (table.c.state == "running") & (table.c.heartbeat_at < now - self.lease_s)
         )
         oldest = select(table.c.id).where(claimable).order_by(table.c.created_at, table.c.id).limit(1)
-        values = {"state": "running", "worker": worker, "heartbeat_at": now, "updated_at": now}
+        values = {
+            "state": "running",
+            "worker": worker,
+            "heartbeat_at": now,
+            "updated_at": now,
+            "attempt": table.c.attempt + 1,
+        }
         # The lock makes workers that claim at once get different jobs; SQLite has one writer at a time anyway.
         job_id = connection.execute(oldest.with_for_update(skip_locked=True)).scalar_one_or_none()
         if job_id is None:
             return None
         connection.execute(update(table).where(table.c.id == job_id).values(values))
         return _get(connection, job_id)
+
+
+def insert_job(connection: Connection, config: Mapping[str, Any], *, name: str, now: float) -> str:
+    """Queue a job in a transaction of the caller's; returns its id."""
+    job_id = f"job-{uuid.uuid4().hex}"
+    row = {
+        "id": job_id,
+        "name": name,
+        "state": "queued",
+        "config": dict(config),
+        "created_at": now,
+        "updated_at": now,
+        "progress": {},
+        "evaluation": {},
+    }
+    connection.execute(training_jobs.insert().values(row))
+    return job_id
 
 
 def _get(connection: Connection, job_id: str, *, for_update: bool = False) -> TrainingJob:
@@ -193,8 +261,14 @@ def _job(row: RowMapping) -> TrainingJob:
     return TrainingJob(**row)
 
 
-def _check_owner(job: TrainingJob, worker: str) -> None:
+def _is_owner(job: TrainingJob, worker: str, attempt: int | None) -> bool:
+    return job.worker == worker and attempt in (None, job.attempt)
+
+
+def _check_owner(job: TrainingJob, worker: str, attempt: int | None) -> None:
     if job.state != "running":
         raise ConflictError(f"the training job {job.id} is {job.state}, not running")
-    if job.worker != worker:
-        raise ConflictError(f"the training job {job.id} is now worked on by {job.worker!r}; this worker must stop")
+    if not _is_owner(job, worker, attempt):
+        raise ConflictError(
+            f"the training job {job.id} is now worked on by {job.worker!r} in attempt {job.attempt}; this one must stop"
+        )

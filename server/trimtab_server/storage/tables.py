@@ -14,6 +14,9 @@
 | `pooled_calibrators` | calibrators for prompts never seen |
 | `selection_caps` | measured caps for best-of-N |
 | `training_jobs` | the trainer's queue |
+| `training_job_lines` | the newest lines of each job's log and metrics |
+| `training_schedules` | when jobs are posted by themselves |
+| `training_schedule_runs` | which jobs a schedule posted, and why |
 | `alembic_version` | the schema's revision, kept by Alembic |
 """
 
@@ -221,5 +224,41 @@ training_jobs = Table(
     Column("version", String(16)),
     Column("evaluation", JsonText, nullable=False),
     Column("error", ExactText),
+    Column("attempt", Integer, nullable=False, server_default="0"),
     Index(None, "state", "created_at"),
+)
+
+training_job_lines = Table(
+    "training_job_lines",
+    metadata,
+    Column("job_id", String(64), ForeignKey("training_jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("kind", String(8), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("step", Double),
+    # A text, or figures by name.
+    Column("content", JsonText, nullable=False),
+)
+
+training_schedules = Table(
+    "training_schedules",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("config", JsonText, nullable=False),
+    Column("triggers", JsonText, nullable=False),
+    Column("is_paused", Boolean, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    # What the last look found; what a look needs of those before.
+    Column("last_look", JsonText, nullable=False),
+)
+
+training_schedule_runs = Table(
+    "training_schedule_runs",
+    metadata,
+    Column("job_id", String(64), ForeignKey("training_jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("schedule", String(64), ForeignKey("training_schedules.name", ondelete="CASCADE"), nullable=False),
+    Column("reason", JsonText, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Index(None, "schedule", "created_at"),
 )

@@ -164,6 +164,7 @@ class FakeGateway:
         self.jobs: list[dict[str, Any]] = []
         self.job_state = "running"
         self.finished: list[dict[str, Any]] = []
+        self.released: list[dict[str, Any]] = []
         self.heartbeats: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.on_request: Callable[[str], None] = lambda path: None
@@ -220,6 +221,9 @@ class FakeGateway:
             case ["admin", "training-jobs", job, "heartbeat"]:
                 self.heartbeats.append(body)
                 return httpx.Response(200, json={"id": job, "state": self.job_state, "config": {}, "worker": "w"})
+            case ["admin", "training-jobs", job, "release"]:
+                self.released.append({"id": job, **body})
+                return httpx.Response(200, json={"id": job, "state": "queued"})
             case ["admin", "training-jobs", job, "finish"]:
                 self.finished.append({"id": job, **body})
                 return httpx.Response(200, json={"id": job, "state": body["state"]})

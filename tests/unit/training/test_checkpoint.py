@@ -79,7 +79,12 @@ def test_saving_a_step_again_replaces_it(make_config: Any, vocabulary: Vocabular
     config = make_config()
     learner, _ = build_learner(config, vocabulary, None)
     learner.add_rollouts(items(0))
-    assert save(config, learner, vocabulary) == save(config, learner, vocabulary)
+    first = save(config, learner, vocabulary)
+    (first.parent / ".tmp-left-by-a-crash").mkdir()
+    second = save(config, learner, vocabulary)
+    assert [first.name, second.name] == ["step-00000000", "step-00000000.1"]
+    assert list(first.parent.iterdir()) == [second]
+    assert latest_checkpoint(first.parent) == second
 
 
 def test_a_write_that_fails_leaves_the_older_checkpoint_alone(

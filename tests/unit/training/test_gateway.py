@@ -182,12 +182,15 @@ def test_a_refused_export_is_the_error_that_it_stands_for(gateway: Any) -> None:
 
 
 def test_jobs_are_claimed_kept_alive_and_finished(gateway: Any) -> None:
-    gateway.jobs = [{"id": "job-1", "state": "running", "config": {"steps": 3}, "created_at": 0.0}]
+    gateway.jobs = [{"id": "job-1", "state": "running", "config": {"steps": 3}, "attempt": 2, "lease_s": 9.0}]
     with gateway.client() as client:
         job = client.claim_job("w")
-        assert (job.id, job.config) == ("job-1", {"steps": 3})
+        assert job is not None
+        assert (job.id, job.config, job.lease_s) == ("job-1", {"steps": 3}, 9.0)
         assert client.claim_job("w") is None
-        assert client.heartbeat("job-1", "w", {"step": 2}).state == "running"
-        client.finish_job("job-1", "w", state="failed", error="why")
-    assert gateway.heartbeats == [{"worker": "w", "progress": {"step": 2}}]
-    assert gateway.finished == [{"id": "job-1", "worker": "w", "state": "failed", "error": "why"}]
+        assert client.heartbeat(job, "w", {"progress": {"step": 2}}).state == "running"
+        client.release_job(job, "w")
+        client.finish_job(job, "w", state="failed", error="why")
+    assert gateway.heartbeats == [{"worker": "w", "attempt": 2, "progress": {"step": 2}}]
+    assert gateway.released == [{"id": "job-1", "worker": "w", "attempt": 2}]
+    assert gateway.finished == [{"id": "job-1", "worker": "w", "attempt": 2, "state": "failed", "error": "why"}]

@@ -17,20 +17,24 @@ from trimtab_training.config import PromptFile, TrainConfig
 from trimtab_training.evaluation.held_out import BASE, STEERED
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
+from trimtab_training.limits import LimitWatch, limited
 from trimtab_training.log_intake import LogIntake
 from trimtab_training.logged_references import logged_reference_scores
 from trimtab_training.logged_rollouts import RolloutSieve, read_logged
 from trimtab_training.logged_round import load_round, save_round
 from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
+from trimtab_training.orders import AddRollouts, Begin, End, TakeStep
+from trimtab_training.processes import Processes, SingleProcess
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
-from trimtab_training.publish import VersionInfo, register_version, write_version
+from trimtab_training.publish import VERSIONS, VersionInfo, register_version, sweep, write_version
 from trimtab_training.recipes.evaluate import Evaluation, evaluate
 from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
 from trimtab_training.report.writing import write_run_report
 from trimtab_training.rewards import RatedOnly, Scorer, SingleVersionScorer
 from trimtab_training.rollouts import Sample
-from trimtab_training.tracking import Tracker
+from trimtab_training.run_directory import held
+from trimtab_training.tracking import Listener, Tracker
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
 from trimtab_training.verdict import judge_run
 from trimtab_training.wiring import (
@@ -82,7 +86,10 @@ def train(
     scorer: Scorer | None = None,
     interruption: Interruption | None = None,
     report: Report | None = None,
+    listener: Listener | None = None,
     resume: bool = False,
+    wait_for_directory: bool = False,
+    processes: Processes | None = None,
     show_progress: bool | None = None,
 ) -> TrainResult:
     """Run the whole recipe.
@@ -93,21 +100,35 @@ def train(
         scorer: Replaces the reward that `config.reward` names.
         interruption: Asked for a stop, the run writes a checkpoint and raises `TrainingInterrupted`.
         report: Told about progress now and then, with a JSON-able object.
+        listener: Told every line of metrics.
         resume: Go on from the newest checkpoint in `config.output_dir`, if there is one. Without it a directory that
             holds checkpoints is refused.
+        wait_for_directory: Whether to wait while another process holds `config.output_dir`; else that is an error.
+        processes: Those that take each step together, of which this must be the first; `orders.follow` is what the
+            others do.
         show_progress: Whether a progress bar is drawn; None draws it on a terminal only.
 
     Raises:
-        TrimtabError: Bad input, or the gateway, a reward or the disk failed; the checkpoints stay.
+        TrimtabError: Bad input, a limit, or the gateway, a reward or the disk failed; the checkpoints stay.
         TrainingInterrupted: A stop was asked for.
     """
     if (gateway is None) != (config.gateway is None):
         raise ValueError("a connection is needed exactly when the configuration names a gateway")
-    with cpu_threads(config.num_threads), torch.random.fork_rng(devices=_cuda_devices(config.models.device)):
+    interruption = interruption or Interruption()
+    with (
+        held(config.output_dir, interruption, wait=wait_for_directory),
+        limited(config.limits, interruption) as watch,
+        cpu_threads(config.num_threads),
+        torch.random.fork_rng(devices=_cuda_devices(config.models.device)),
+    ):
         torch.manual_seed(config.seed)
-        run = _Run(config, gateway, scorer, interruption or Interruption(), report, resume)
+        run = _Run(config, gateway, scorer, interruption, report, resume, watch, processes or SingleProcess())
         with Tracker(
-            config.output_dir, num_steps=config.steps, first_step=run.learner.step, show_progress=show_progress
+            config.output_dir,
+            num_steps=config.steps,
+            first_step=run.learner.step,
+            listener=listener,
+            show_progress=show_progress,
         ) as tracker:
             return run.execute(tracker)
 
@@ -127,15 +148,21 @@ class _Run:
         interruption: Interruption,
         report: Report | None,
         resume: bool,
+        watch: LimitWatch,
+        processes: Processes,
     ) -> None:
         self.config = config
         self.gateway = gateway
         self.interruption = interruption
         self.report = report or (lambda progress: None)
+        self.watch = watch
+        self.processes = processes
         checkpoint = find_checkpoint(config, resume=resume)
+        watch.go_on_from(checkpoint.run.spent_s if checkpoint else 0.0)
+        processes.from_first(Begin(checkpoint))
         self.is_new = checkpoint is None
         self.vocabulary = load_vocabulary(config.models.base_model)
-        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint)
+        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint, processes=processes)
         self.next_round = checkpoint.run.next_round if checkpoint else 0
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
@@ -150,6 +177,7 @@ class _Run:
             interruption=interruption,
             describe=lambda: self._version_info(intermediate_name(config.publish.name), {}),
         )
+        sweep(config.output_dir, gateway)
         self.train_prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
         self.transform_config = served_transform(config, gateway)
@@ -167,7 +195,7 @@ class _Run:
             self._draw_round_if_due(tracker)
             if not self.learner.objective.num_rollouts:
                 raise InvalidRequestError("there is nothing to learn from: no usable rollout in the log and none drawn")
-            tracker.say("training")
+            self._enter("training", tracker)
             while self.learner.step < self.config.steps:
                 self.interruption.check()
                 self._draw_round_if_due(tracker)
@@ -176,6 +204,7 @@ class _Run:
                 if every and self.learner.step % every == 0 and self.learner.step < self.config.steps:
                     self._save()
             self._save()
+            self.processes.from_first(End())
             found = self._evaluate(tracker)
         except TrainingInterrupted:
             if self.learner.objective.num_rollouts:
@@ -191,7 +220,7 @@ class _Run:
             self._calibrate(tracker)
             self.logged_round = load_round(self._round_path) if self._round_path.exists() else []
             return
-        tracker.say("reading the log")
+        self._enter("reading the log", tracker)
         intake = LogIntake(self.config, self.vocabulary, is_on_policy=self.learner.objective.is_on_policy)
         sieve = intake.whole_requests(read_logged(self.config.logged, self.gateway))
         prompts = self.config.prompts
@@ -235,7 +264,7 @@ class _Run:
         if not (objective.wants_round if objective.is_on_policy else number >= self.next_round):
             return
         if objective.is_on_policy or number > 0 or objective.num_rollouts < config.min_pool_size:
-            tracker.say("drawing rollouts")
+            self._enter("drawing rollouts", tracker)
             order = np.random.default_rng([self.config.seed, 1, number]).permutation(len(self.train_prompts))
             chosen = [self.train_prompts[int(i)] for i in order[: config.prompts_per_round or len(order)]]
             drawn = self.source.draw(
@@ -272,6 +301,7 @@ class _Run:
 
     def _learn_from(self, rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
         """Give rollouts to the objective."""
+        self.processes.from_first(AddRollouts(rollouts))
         figures = self.learner.add_rollouts(rollouts)
         if figures["num_unreadable"]:
             logger.warning(
@@ -286,7 +316,7 @@ class _Run:
             return
         path = self.config.output_dir / "reference_rewards.json"
         if self.is_new:
-            tracker.say("calibrating")
+            self._enter("calibrating", tracker)
             known = logged_reference_scores(self.config, self.gateway, self.train_prompts, self.vocabulary, self.scorer)
             size = self.transform_config.num_reference
             scores = draw_reference_scores(
@@ -303,6 +333,7 @@ class _Run:
         return int(np.random.SeedSequence([self.config.seed, 3, number]).generate_state(1)[0]) >> 1
 
     def _train_step(self, tracker: Tracker) -> None:
+        self.processes.from_first(TakeStep())
         metrics = self.learner.train_step()
         step = self.learner.step
         if step % self.config.log_every == 0 or step == self.config.steps:
@@ -312,6 +343,12 @@ class _Run:
             self._tell("training", loss=metrics.loss, **kl)
         else:
             tracker.advance()
+
+    def _enter(self, phase: str, tracker: Tracker) -> None:
+        """Begin a part of the run, unless it is to stop."""
+        self.interruption.check()
+        tracker.say(phase)
+        self._tell(phase)
 
     def _tell(self, phase: str, **figures: float) -> None:
         self.report({"phase": phase, "step": self.learner.step, "num_steps": self.config.steps, **figures})
@@ -326,6 +363,7 @@ class _Run:
                 self.start.parent,
                 self.start.control_token_ids,
                 self.start.fixed_prefix,
+                self.watch.spent_s,
             ),
             config=self.config,
             vocabulary=self.vocabulary,
@@ -335,8 +373,7 @@ class _Run:
     def _evaluate(self, tracker: Tracker) -> Evaluation | None:
         if not self.held_out:
             return None
-        tracker.say("evaluating")
-        self._tell("evaluating")
+        self._enter("evaluating", tracker)
         found = evaluate(
             self.source,
             [self.scorer] if self.second_scorer is None else [self.scorer, self.second_scorer],
@@ -367,12 +404,12 @@ class _Run:
 
     def _publish(self, found: Evaluation | None, tracker: Tracker) -> TrainResult:
         """Write the version and the report, register it and switch the route if that is wanted and earned."""
-        tracker.say("publishing")
+        self._enter("publishing", tracker)
         config = self.config.publish
         verdict = judge_run(self.config.gate, found)
         evaluation = verdict.to_json()
         directory = write_version(
-            self.config.output_dir / "versions",
+            self.config.output_dir / VERSIONS,
             self.learner.policy.adapter,
             self.vocabulary,
             self._version_info(config.name, evaluation),
@@ -384,6 +421,7 @@ class _Run:
         if self.gateway is not None:
             version = register_version(self.gateway, directory)
             if config.route is not None and (verdict.gate.passed or not config.require_gate):
+                self.interruption.check()
                 activated = config.route
                 is_canary = self._switch(self.gateway, config.route, version, is_forced=not verdict.gate.passed)
             elif config.route is not None:

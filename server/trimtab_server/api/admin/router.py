@@ -16,12 +16,14 @@ from trimtab_server.api.admin.routes import build_routes_router
 from trimtab_server.api.admin.selection_caps import build_selection_caps_router
 from trimtab_server.api.admin.switching import BeforeSwitch, RouteSwitcher
 from trimtab_server.api.admin.training_jobs import build_training_jobs_router
+from trimtab_server.api.admin.training_schedules import build_training_schedules_router
 from trimtab_server.auth import require_admin
 from trimtab_server.engine.base import Engine
 from trimtab_server.overoptimization.cap_survey import CapSurvey
 from trimtab_server.storage.catalog import SqlCatalog, Validate
 from trimtab_server.storage.jobs import TrainingJobs
 from trimtab_server.storage.rollouts import SqlRolloutReader
+from trimtab_server.storage.training_schedules import TrainingSchedules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class AdminParts:
         reader: Reads the rollout log.
         flush: Brings acknowledged rollouts to the database.
         jobs: Training jobs.
+        schedules: When training jobs are posted by themselves.
         rewards: The reward registry.
         cap_survey: Measures caps for best-of-N.
         engines: All engines.
@@ -50,6 +53,7 @@ class AdminParts:
     reader: SqlRolloutReader
     flush: Flush
     jobs: TrainingJobs
+    schedules: TrainingSchedules
     rewards: Rewards
     cap_survey: CapSurvey
     engines: Sequence[Engine]
@@ -83,6 +87,7 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
     router.include_router(build_canaries_router(parts.catalog, switcher, parts.canary_outcomes))
     router.include_router(build_rollouts_router(parts.reader, parts.flush))
     router.include_router(build_training_jobs_router(parts.jobs))
+    router.include_router(build_training_schedules_router(parts.schedules))
     router.include_router(build_rewards_router(parts.rewards))
     router.include_router(build_selection_caps_router(parts.cap_survey))
     router.include_router(build_engines_router(parts.engines))

@@ -22,6 +22,7 @@ from trimtab_server.overoptimization.cap_survey import CapSurvey
 from trimtab_server.overoptimization.selection_caps import SelectionCaps
 from trimtab_server.rewards.attempts import Scored
 from trimtab_server.rewards.registry import RewardReport
+from trimtab_server.schedules.scheduler import Scheduler
 from trimtab_server.settings import Settings
 from trimtab_server.storage.base import AdapterVersion
 from trimtab_server.storage.catalog import SqlCatalog
@@ -30,6 +31,8 @@ from trimtab_server.storage.jobs import TrainingJobs
 from trimtab_server.storage.rollout_log import SpooledRolloutLog
 from trimtab_server.storage.rollouts import SqlRolloutReader
 from trimtab_server.storage.selection_caps import SqlSelectionCaps
+from trimtab_server.storage.traffic import SqlTraffic
+from trimtab_server.storage.training_schedules import TrainingSchedules
 
 ADMIN_KEY = "admin-secret"
 
@@ -140,6 +143,7 @@ class AdminBench:
     fake_engine: FakeEngine
     rewards: OneReward
     directory: Path
+    scheduler: Scheduler
 
     async def call(self, method: str, path: str, expected: int = 200, **kwargs: Any) -> Any:
         response = await self.client.request(method, f"/admin/{path}", **kwargs)
@@ -164,11 +168,13 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
     engine, fake_engine, rewards = ScriptedEngine(), FakeEngine(), OneReward()
     (tmp_path / "adapters").mkdir()
     reader = SqlRolloutReader(database)
+    schedules = TrainingSchedules(database)
     parts = AdminParts(
         catalog=catalog,
         reader=reader,
         flush=log.flush,
         jobs=TrainingJobs(database),
+        schedules=schedules,
         rewards=rewards,
         cap_survey=CapSurvey(reader, log.flush, rewards, SelectionCaps(SqlSelectionCaps(database)), "base"),
         engines=[fake_engine],
@@ -179,6 +185,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
         base_vocabulary=engine.base_vocabulary,
         adapter_roots=[tmp_path / "adapters"],
     )
+    scheduler = Scheduler(schedules, SqlTraffic(database))
     app = FastAPI()
     app.state.auth = Auth(Settings(model="base", admin_keys=(ADMIN_KEY,)))
     install_error_handlers(app)
@@ -186,6 +193,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[AdminBench]:
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
-        yield AdminBench(app, client, catalog, log, engine, fake_engine, rewards, tmp_path / "adapters")
+        yield AdminBench(app, client, catalog, log, engine, fake_engine, rewards, tmp_path / "adapters", scheduler)
     await log.aclose()
     database.close()

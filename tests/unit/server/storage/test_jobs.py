@@ -1,10 +1,13 @@
 """The queue of training jobs: one worker each, abandoned ones go on, ends are final."""
 
 import asyncio
+import contextlib
+import itertools
 
 import pytest
 
 from trimtab_adapters.contract.errors import ConflictError, NotFoundError
+from trimtab_server.storage.base import JobLine
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.jobs import TrainingJobs
 
@@ -59,6 +62,115 @@ async def test_workers_that_claim_at_once_get_different_jobs(jobs: TrainingJobs)
     claims = await asyncio.gather(*(jobs.claim(f"w{number}") for number in range(8)))
     got = [job.id for job in claims if job is not None]
     assert len(got) == len(set(got)) == 5
+
+
+async def test_two_workers_never_run_one_job(database: Database) -> None:
+    """Twelve workers race for four jobs whose leases run out all the time: nobody sends a heartbeat, and 20 ms is a
+    lease. Whenever two claims of a job overlap in time, the later one must begin a lease after the earlier one.
+    """
+    lease_s = 0.02
+    jobs = TrainingJobs(database, lease_s=lease_s)
+    for number in range(4):
+        await jobs.submit({"n": number})
+    claims: list[tuple[str, int, float]] = []
+
+    async def work(worker: str) -> None:
+        for _ in range(25):
+            if (job := await jobs.claim(worker)) is not None:
+                claims.append((job.id, job.attempt, job.updated_at))
+                with contextlib.suppress(ConflictError):  # another has it by now
+                    assert (await jobs.heartbeat(job.id, worker, {}, attempt=job.attempt)).attempt == job.attempt
+
+    await asyncio.gather(*(work(f"w{number}") for number in range(12)))
+    assert len({(job_id, attempt) for job_id, attempt, _ in claims}) == len(claims)  # each attempt is one worker's
+    assert len(claims) > 12
+    for job_id in {job_id for job_id, _, _ in claims}:
+        mine = sorted((attempt, at) for found, attempt, at in claims if found == job_id)
+        assert [attempt for attempt, _ in mine] == list(range(1, len(mine) + 1))
+        assert all(later - earlier > lease_s for (_, earlier), (_, later) in itertools.pairwise(mine))
+
+
+async def test_an_older_attempt_of_the_same_worker_is_over(jobs: TrainingJobs, clock: Clock) -> None:
+    job = await jobs.submit({"n": 1})
+    first = await jobs.claim("w")
+    clock.now += 200
+    second = await jobs.claim("w")
+    assert first is not None
+    assert second is not None
+    assert (first.attempt, second.attempt) == (1, 2)
+    for call in (
+        jobs.heartbeat(job.id, "w", {}, attempt=1),
+        jobs.finish(job.id, "w", "succeeded", attempt=1),
+        jobs.release(job.id, "w", attempt=1),
+    ):
+        with pytest.raises(ConflictError, match=r"worked on by 'w' in attempt 2"):
+            await call
+    assert (await jobs.heartbeat(job.id, "w", {}, attempt=2)).state == "running"
+
+
+async def test_a_released_job_is_claimed_at_once_before_younger_ones(jobs: TrainingJobs) -> None:
+    job, younger = await jobs.submit({"n": 1}), await jobs.submit({"n": 2})
+    await jobs.claim("w1")
+    assert (await jobs.release(job.id, "w1", attempt=1)).state == "queued"
+    assert (await jobs.release(job.id, "w1", attempt=1)).state == "queued"  # the answer was lost, it asks again
+    again = await jobs.claim("w2")
+    assert again is not None
+    assert (again.id, again.attempt, again.worker) == (job.id, 2, "w2")
+    with pytest.raises(ConflictError):
+        await jobs.release(job.id, "w1", attempt=1)
+    assert younger.state == "queued"
+
+
+def log(attempt: int, *numbers: int) -> list[JobLine]:
+    return [JobLine(attempt, number, f"line {number}\x00") for number in numbers]
+
+
+def metrics(attempt: int, **steps: int) -> list[JobLine]:
+    return [
+        JobLine(attempt, int(number[1:]), {"figures": {"a": attempt}}, float(step)) for number, step in steps.items()
+    ]
+
+
+async def test_log_lines_are_kept_once_and_the_newest_only(database: Database) -> None:
+    jobs = TrainingJobs(database, num_lines=4)
+    job = await jobs.submit({"n": 1})
+    await jobs.claim("w")
+    await jobs.heartbeat(job.id, "w", {}, attempt=1, log=log(1, 1, 2, 3))
+    await jobs.heartbeat(job.id, "w", {}, attempt=1, log=log(1, 2, 3, 5))  # sent again, and one more after a gap
+    found = await jobs.lines(job.id, "log", tail=10)
+    assert [(line.number, line.content) for line in found] == [(n, f"line {n}\x00") for n in (1, 2, 3, 5)]
+    await jobs.heartbeat(job.id, "w", {}, attempt=1, log=log(1, 6))
+    assert [line.number for line in await jobs.lines(job.id, "log", tail=10)] == [2, 3, 5, 6]
+    assert [line.number for line in await jobs.lines(job.id, "log", tail=2)] == [5, 6]
+    assert await jobs.lines(job.id, "metrics", tail=10) == []
+    with pytest.raises(NotFoundError):
+        await jobs.lines("job-" + "0" * 32, "log", tail=1)
+
+
+async def test_metrics_of_steps_that_are_taken_again_are_replaced(jobs: TrainingJobs, clock: Clock) -> None:
+    """The first attempt got to step 4, its checkpoint was at 2, so the second reports 3 and 4 again."""
+    job = await jobs.submit({"n": 1})
+    await jobs.claim("w")
+    await jobs.heartbeat(job.id, "w", {}, attempt=1, metrics=metrics(1, n1=1, n2=2, n3=2, n4=3, n5=4))
+    clock.now += 200
+    await jobs.claim("w")
+    await jobs.heartbeat(job.id, "w", {}, attempt=2, metrics=metrics(2, n1=2, n2=3))
+    found = await jobs.lines(job.id, "metrics", tail=10)
+    assert [(line.attempt, line.step) for line in found] == [(1, 1), (1, 2), (1, 2), (2, 2), (2, 3)]
+
+
+async def test_the_last_words_of_a_cancelled_job_are_kept_but_not_those_of_a_lost_one(
+    jobs: TrainingJobs, clock: Clock
+) -> None:
+    job = await jobs.submit({"n": 1})
+    await jobs.claim("w")
+    clock.now += 200
+    await jobs.claim("w2")
+    with pytest.raises(ConflictError):
+        await jobs.heartbeat(job.id, "w", {}, attempt=1, log=log(1, 1))
+    await jobs.cancel(job.id)
+    assert (await jobs.heartbeat(job.id, "w2", {}, attempt=2, log=log(2, 1))).state == "cancelled"
+    assert [(line.attempt, line.number) for line in await jobs.lines(job.id, "log", tail=9)] == [(2, 1)]
 
 
 async def test_an_abandoned_job_goes_to_another_worker_and_the_first_is_told_to_stop(
