@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters.black_box.sampling import base_row, constrained, sample
-from trimtab_adapters.contract.black_box import SampledToken, SamplingRules, TopLogprobs, UnseenTokens
-from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, RetireReply, WeightStatus
+from trimtab_adapters.contract.black_box import SampledToken, SamplingRules, SteeringStatus, TopLogprobs, UnseenTokens
+from trimtab_adapters.contract.engine_api import LoadedVersion, RetireReply
 from trimtab_adapters.contract.errors import EngineRequestError, SteeringError
 from trimtab_adapters.contract.params import SteeringParams, VersionId
 from trimtab_adapters.contract.records import SteeringRecord
@@ -37,18 +37,6 @@ T = TypeVar("T")
 
 _POLL_S = 0.005
 """Pause between two questions how a version's loading goes, as in the engine's routes."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepperStatus:
-    """What the gateway reports of this process's adapters. Names are those of `EngineStatus`."""
-
-    versions: list[LoadedVersion]
-    cache: CacheStatus
-    weights: WeightStatus
-    steered_rows: int
-    steered_steps: int
-    failed_rows: int
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +105,7 @@ class Stepper:
         """End the thread when its work is done."""
         self._end()
 
-    async def status(self) -> StepperStatus:
+    async def status(self) -> SteeringStatus:
         """What is loaded."""
         return await self._run(self._worker.status)
 
@@ -206,9 +194,9 @@ class _Worker:
         self.records = RecordBuffer()
         self._unseen: UnseenTokens = unseen
 
-    def status(self) -> StepperStatus:
+    def status(self) -> SteeringStatus:
         residents, core = self.residents, self.core
-        return StepperStatus(
+        return SteeringStatus(
             versions=residents.versions(),
             cache=residents.cache_status(),
             weights=residents.weight_status(),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, WeightStatus
+
 UnseenTokens = Literal["exclude", "residual"]
 """What becomes of tokens that the API does not show. `exclude`: they cannot be sampled, so the adapter LM reorders what
 the API shows and brings nothing in. `residual`: the rest of the probability is spread evenly over them."""
@@ -78,3 +80,15 @@ class SampledToken:
     token_id: int
     logprob: float
     top: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringStatus:
+    """What the adapter LMs beside a black-box base do; names are those of `EngineStatus`."""
+
+    versions: list[LoadedVersion]
+    cache: CacheStatus
+    weights: WeightStatus
+    steered_rows: int
+    steered_steps: int
+    failed_rows: int

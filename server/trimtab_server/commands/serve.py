@@ -30,6 +30,9 @@ def serve(
     black_box_logprobs: Annotated[
         int | None, typer.Option(help="Most probable tokens asked for at each step; 20 by default.")
     ] = None,
+    black_box_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer together; 4096 by default.")
+    ] = None,
     black_box_unseen: Annotated[
         str | None, typer.Option(help="Tokens that the API does not show: exclude (default) or residual.")
     ] = None,
@@ -68,6 +71,7 @@ def serve(
         "black_box_tokenizer": black_box_tokenizer,
         "black_box_api": black_box_api,
         "black_box_logprobs": black_box_logprobs,
+        "black_box_context": black_box_context,
         "black_box_unseen": black_box_unseen,
         "host": host,
         "port": port,

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from trimtab_adapters.contract.black_box import SampledToken, SamplingRules, TopLogprobs, UnseenTokens
-from trimtab_adapters.contract.engine_api import CacheStatus, EngineStatus, LoadedVersion, RetireReply, WeightStatus
+from trimtab_adapters.contract.black_box import UnseenTokens
+from trimtab_adapters.contract.engine_api import EngineStatus, LoadedVersion, RetireReply
 from trimtab_adapters.contract.errors import (
     AdapterMemoryFullError,
     EngineError,
@@ -23,7 +23,7 @@ from trimtab_adapters.contract.errors import (
     RequestError,
     adapter_error,
 )
-from trimtab_adapters.contract.params import SteeringParams, VersionId
+from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.decoding.shared_lookup import SharedLookup
 from trimtab_server.engine.base import Candidate, EngineDelta, EngineRequest
@@ -31,44 +31,13 @@ from trimtab_server.engine.black_box_answer import AnswerWriter, Position, Whole
 from trimtab_server.engine.black_box_cost import Cost, cost_of
 from trimtab_server.engine.black_box_provider import Provider
 from trimtab_server.engine.black_box_request import Api, BlackBoxRequest, RequestReader
+from trimtab_server.engine.black_box_steering import Steerer
 from trimtab_server.engine.black_box_text import AnswerText, Tokenizer
 from trimtab_server.engine.black_box_tokens import TokenMap
 from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.candidate_slots import CandidateSlots
 
 S = TypeVar("S")
-
-
-class SteererStatus(Protocol):
-    """What a steerer says of itself; names as in `EngineStatus`."""
-
-    @property
-    def versions(self) -> list[LoadedVersion]: ...
-    @property
-    def cache(self) -> CacheStatus: ...
-    @property
-    def weights(self) -> WeightStatus: ...
-    @property
-    def steered_rows(self) -> int: ...
-    @property
-    def steered_steps(self) -> int: ...
-    @property
-    def failed_rows(self) -> int: ...
-
-
-class Steerer(Protocol[S]):
-    """Runs adapter LMs and samples; the real one is `trimtab_adapters.black_box.stepper.Stepper`. S are its answers."""
-
-    async def status(self) -> SteererStatus: ...
-    async def open(self, params: SteeringParams | None, prompt_token_ids: Sequence[int], rules: SamplingRules) -> S: ...
-    async def step(self, session: S, top: TopLogprobs) -> SampledToken: ...
-    def close(self, session: S) -> None: ...
-    async def take_records(self, uids: Sequence[str]) -> dict[str, SteeringRecord]: ...
-    async def read_records(self, starts: Mapping[str, int]) -> dict[str, SteeringRecord]: ...
-    async def prepare(self, version: VersionId, path: str) -> LoadedVersion: ...
-    async def commit(self, version: VersionId) -> LoadedVersion: ...
-    async def retire(self, version: VersionId) -> RetireReply: ...
-    def aclose(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class ProviderLimits:
     breaker_cooldown_s: float = 15.0
 
 
-class _Passing(Exception):
+class _PassingError(Exception):
     """What another attempt may mend.
 
     Args:
@@ -110,7 +110,7 @@ class Provider:
             "the black box",
             threshold=self._limits.breaker_threshold,
             cooldown_s=self._limits.breaker_cooldown_s,
-            is_away=lambda exc: isinstance(exc, _Passing) and exc.is_away,
+            is_away=lambda exc: isinstance(exc, _PassingError) and exc.is_away,
             refusal=lambda message, wait_s: EngineUnavailableError(message, retry_after_s=math.ceil(wait_s)),
         )
         self._answered_at = float("-inf")
@@ -179,7 +179,7 @@ class Provider:
                 yield chunk
                 try:
                     chunk = await anext(stream, None)
-                except _Passing as exc:
+                except _PassingError as exc:
                     raise exc.error from exc
         self._total.add(cost)
 
@@ -195,7 +195,7 @@ class Provider:
         try:
             with self._translated(), self._breaker.attempt():
                 response = await self._client.get(f"{self._url}/models", timeout=_CHECK_TIMEOUT_S)
-        except _Passing as exc:
+        except _PassingError as exc:
             raise exc.error from exc
         if response.status_code in (401, 403):
             raise EngineUnavailableError(
@@ -227,7 +227,7 @@ class Provider:
                         async with self._places:
                             with self._breaker.attempt():
                                 return await attempt()
-        except _Passing as exc:
+        except _PassingError as exc:
             self._num_failed += 1
             self._answered_at = float("-inf")
             raise exc.error from exc
@@ -310,12 +310,12 @@ class Provider:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
-            raise _Passing(EngineUnavailableError("the black box cannot be reached"), is_away=True) from exc
+            raise _PassingError(EngineUnavailableError("the black box cannot be reached"), is_away=True) from exc
         except httpx.TimeoutException as exc:
             message = f"the black box did not answer within {self._limits.timeout_s:g} s"
-            raise _Passing(EngineUnavailableError(message), is_away=True) from exc
+            raise _PassingError(EngineUnavailableError(message), is_away=True) from exc
         except (httpx.HTTPError, SSEError) as exc:
-            raise _Passing(EngineDiedError("the black box broke its answer off"), is_away=True) from exc
+            raise _PassingError(EngineDiedError("the black box broke its answer off"), is_away=True) from exc
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -336,7 +336,7 @@ def _pause_after(exc: Exception) -> bool | float:
     """Whether to try again after an error, and when, if the provider said so; stamina's hook."""
     if isinstance(exc, NoLogprobsError):
         return True
-    if not isinstance(exc, _Passing):
+    if not isinstance(exc, _PassingError):
         return False
     if exc.wait_s is None:
         return True
@@ -354,7 +354,7 @@ def _refusal(response: httpx.Response, data: bytes) -> Exception:
         wait_s = _retry_after_s(response.headers)
         shown = 1 if wait_s is None else max(1, math.ceil(wait_s))
         busy = "is too busy" if status == 429 else f"answers {status}"
-        return _Passing(EngineUnavailableError(f"the black box {busy}", retry_after_s=shown), wait_s=wait_s)
+        return _PassingError(EngineUnavailableError(f"the black box {busy}", retry_after_s=shown), wait_s=wait_s)
     if status in _GATEWAYS_FAULT or response.is_redirect:
         logger.error("the black box refuses the gateway with %d: %s", status, message)
         return EngineRequestError(message, engine_status=502, error=error)
