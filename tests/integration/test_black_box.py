@@ -5,6 +5,7 @@ tokens of the base.
 """
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,23 +189,21 @@ def test_a_route_is_swapped_and_rollouts_and_metrics_tell_of_it(
     with black_box.client() as client:
         texts = []
         for name in ("adapter", "other", "adapter"):
-            steering = [{"name": name, "version": adapter if name == "adapter" else other, "alpha": 1.0}]
-            client.put("/admin/routes/swapped", json={"steering": steering}).raise_for_status()
+            client.put("/admin/routes/swapped", json={"steering": steering_of([(name, 1.0)])}).raise_for_status()
             answer = client.post("/v1/completions", json=body).json()
             texts.append(answer["choices"][0]["text"])
         assert texts[0] == texts[2] != texts[1]
-        rollouts = client.get("/admin/rollouts", params={"route": "swapped"}).json()["data"]
+        lines = client.get("/admin/rollouts/export", params={"format": "jsonl"}).text.splitlines()
         metrics = client.get("/metrics").text
         engines = client.get("/admin/engines").json()["data"]
         assert client.get("/ready").status_code == 200
-    assert [r["steering"][0]["version"] for r in rollouts] in (
-        [adapter, other, adapter],
-        [adapter, other, adapter][::-1],
-    )
+    rollouts = sorted((json.loads(line) for line in lines), key=lambda rollout: float(rollout["created_at"]))
+    rollouts = [rollout for rollout in rollouts if rollout["route"] == "swapped"]
+    assert [rollout["steering"][0]["version"] for rollout in rollouts] == [adapter, other, adapter]
     assert all(len(r["base_logprobs"]) == len(r["steered_logprobs"]) == 10 for r in rollouts)
     assert engines[0]["status"]["kind"] == "black_box"
     calls = next(line for line in metrics.splitlines() if line.startswith("trimtab:black_box_calls_total"))
-    assert float(calls.split()[1]) >= 30
+    assert float(calls.split()[1]) > 0
 
 
 def test_best_of_n_by_a_reward_works_over_a_black_box(black_box: RunningGateway) -> None:

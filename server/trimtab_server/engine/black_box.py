@@ -9,10 +9,12 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from cachetools import TTLCache
 
 from trimtab_adapters.contract.black_box import UnseenTokens
 from trimtab_adapters.contract.engine_api import EngineStatus, LoadedVersion, RetireReply
@@ -25,7 +27,6 @@ from trimtab_adapters.contract.errors import (
 )
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.contract.records import SteeringRecord
-from trimtab_server.decoding.shared_lookup import SharedLookup
 from trimtab_server.engine.base import Candidate, EngineDelta, EngineRequest
 from trimtab_server.engine.black_box_answer import AnswerWriter, Position, WholePiece, read_piece, read_positions
 from trimtab_server.engine.black_box_cost import Cost, cost_of
@@ -38,6 +39,12 @@ from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.candidate_slots import CandidateSlots
 
 S = TypeVar("S")
+
+FIRST_KEPT_S = 5.0
+"""How long the base's distribution after a prompt is remembered, so that the candidates of a request, which all begin
+with the same question, pay for it once. Not for long, because nobody tells when the base has changed."""
+
+_MAX_FIRST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,10 @@ class BlackBoxEngine(Generic[S]):
         steerer: Runs the adapter LMs.
         tokenizer: The base's.
         options: How the provider is asked.
+        vocabulary_sha256: Fingerprint of the tokenizer's vocabulary.
+        name: For logs, metrics and rollouts.
         max_concurrent: Candidates at the same time; more wait here.
+        clock: Seconds.
     """
 
     def __init__(
@@ -91,6 +101,7 @@ class BlackBoxEngine(Generic[S]):
         vocabulary_sha256: str,
         name: str = "black-box",
         max_concurrent: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._provider = provider
         self._steerer = steerer
@@ -103,8 +114,7 @@ class BlackBoxEngine(Generic[S]):
         self._reader = RequestReader(tokenizer, options.max_model_len, options.unseen, options.api)
         self._automatic = tokenizer.encode("", add_special_tokens=True)
         self._slots = CandidateSlots(max_concurrent)
-        # Candidates of one prompt begin with the same question. Nothing is remembered: the base may change any time.
-        self._shared: SharedLookup[tuple[tuple[int, ...], int], _Shown] = SharedLookup(self._ask, max_weight=0)
+        self._first: TTLCache[tuple[int, ...], asyncio.Task[_Shown]] = TTLCache(_MAX_FIRST, FIRST_KEPT_S, clock)
 
     @property
     def name(self) -> str:
@@ -219,7 +229,9 @@ class BlackBoxEngine(Generic[S]):
                 yield opening
             for num_left in range(asked.max_tokens, 0, -1):
                 if not ahead:
-                    shown = await self._shared.get((tuple(tokens), min(self._options.lookahead, num_left)))
+                    num_wanted = min(self._options.lookahead, num_left)
+                    is_first = num_left == asked.max_tokens
+                    shown = await (self._ask_first(tokens, num_wanted) if is_first else self._ask(tokens, num_wanted))
                     cost.add(shown.cost.take())
                     ahead.extend(shown.positions)
                 position = ahead.popleft()
@@ -236,9 +248,17 @@ class BlackBoxEngine(Generic[S]):
             self._steerer.close(session)
         yield writer.usage(cost)
 
-    async def _ask(self, question: tuple[tuple[int, ...], int]) -> _Shown:
-        """The base's next-token distributions after some tokens."""
-        token_ids, num_tokens = question
+    async def _ask_first(self, token_ids: Sequence[int], num_tokens: int) -> _Shown:
+        """As `_ask`, shared with everybody who asks the same now or asked it a moment ago."""
+        question = (num_tokens, *token_ids)
+        task = self._first.get(question)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._first[question] = asyncio.create_task(self._ask(list(token_ids), num_tokens))
+            task.add_done_callback(_look)
+        return await asyncio.shield(task)
+
+    async def _ask(self, token_ids: Sequence[int], num_tokens: int) -> _Shown:
+        """The base's next-token distributions after some tokens; several when the provider goes on by itself."""
         options = self._options
         body = {
             "prompt": self._prompt(token_ids),
@@ -328,3 +348,9 @@ class BlackBoxEngine(Generic[S]):
         """Close the connections and end the steering's thread."""
         await self._provider.aclose()
         self._steerer.aclose()
+
+
+def _look(task: asyncio.Task[_Shown]) -> None:
+    """Look at a task's error even if everybody who waited for it has gone."""
+    if not task.cancelled():
+        task.exception()

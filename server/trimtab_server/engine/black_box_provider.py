@@ -160,7 +160,8 @@ class Provider:
 
         async def attempt() -> T:
             data = await self._post(body)
-            price = cost_of(data.get("usage"))
+            with _well_formed():
+                price = cost_of(data.get("usage"))
             cost.add(price)
             self._total.add(price)
             with _well_formed():
@@ -174,8 +175,9 @@ class Provider:
         cost = Cost()
         async with aclosing(stream):
             while chunk is not None:
-                if chunk.get("usage"):
-                    cost = cost_of(chunk["usage"])
+                with _well_formed():
+                    if chunk.get("usage"):
+                        cost = cost_of(chunk["usage"])
                 yield chunk
                 try:
                     chunk = await anext(stream, None)
