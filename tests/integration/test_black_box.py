@@ -6,8 +6,11 @@ tokens of the base.
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import openai
@@ -148,6 +151,26 @@ def test_sampled_first_tokens_follow_white_box_steering_of_the_top_k(
     assert len(classes) >= 4, "the context leaves too few likely tokens for the test to mean anything"
     statistic = float(((counts - classes) ** 2 / classes).sum())
     assert stats.chi2.sf(statistic, len(classes) - 1) > 1e-3
+
+
+def test_an_api_that_writes_tokens_as_text_gives_the_same_answers(
+    black_box: RunningGateway, engine_url: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """Without vLLM's token ids, and with a prompt of text; the residual and lookahead besides, seen to act."""
+    adapter = ("--adapter", f"adapter={tiny_models.adapter}", "--black-box-logprobs", str(TOP_K))
+    body = {"model": "adapter", "prompt": "t5 t9 t33", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    with black_box.client() as client:
+        expected = client.post("/v1/completions", json=body).json()
+    settings = {"TRIMTAB_BLACK_BOX_PROMPT": "text", "TRIMTAB_BLACK_BOX_LOOKAHEAD": "4"}
+    with (
+        mock.patch.dict(os.environ, settings),
+        black_box_gateway(tmp_path, engine_url, tiny_models.base, *adapter, api="openai") as plain,
+        plain.client() as client,
+    ):
+        answer = client.post("/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
+    assert answer["usage"]["black_box"]["completion_tokens"] > 16
+    assert answer["usage"]["black_box"]["unmapped_tokens"] == 0
 
 
 def test_openais_client_chats_streams_and_completes(black_box: RunningGateway) -> None:

@@ -45,7 +45,9 @@ def running_gateway(
 
 
 @contextlib.contextmanager
-def black_box_gateway(data_dir: Path, provider_url: str, tokenizer: Path, *arguments: str) -> Iterator[RunningGateway]:
+def black_box_gateway(
+    data_dir: Path, provider_url: str, tokenizer: Path, *arguments: str, api: str = "vllm"
+) -> Iterator[RunningGateway]:
     """A gateway before a vLLM server of which it knows nothing but the completions API.
 
     Args:
@@ -53,13 +55,14 @@ def black_box_gateway(data_dir: Path, provider_url: str, tokenizer: Path, *argum
         provider_url: The server, without `/v1`.
         tokenizer: Directory with the base's tokenizer; the gateway gets a copy with a chat template.
         arguments: More of `trimtab serve`.
+        api: How the server is spoken to.
     """
     own = data_dir / "tokenizer"
     own.mkdir(parents=True)
     for path in tokenizer.glob("tokenizer*.json"):
         shutil.copy(path, own)
     (own / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
-    black_box = ("--black-box-url", f"{provider_url}/v1", "--black-box-model", "base", "--black-box-api", "vllm")
+    black_box = ("--black-box-url", f"{provider_url}/v1", "--black-box-model", "base", "--black-box-api", api)
     with running_gateway(
         data_dir, *black_box, "--black-box-tokenizer", str(own), "--black-box-context", "256", *arguments
     ) as started:

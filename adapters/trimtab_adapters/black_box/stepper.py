@@ -226,23 +226,24 @@ class _Worker:
 
     def step(self, steps: Sequence[_Step]) -> None:
         """All rows that wait, in one batch. Whatever goes wrong reaches its caller."""
-        steps = [step for step in steps if not step.session.is_closed and step.future.set_running_or_notify_cancel()]
-        if not steps:
-            return
-        try:
-            logits = torch.stack([self._base(step) for step in steps])
-            has_token = torch.isfinite(logits).any(dim=-1).tolist()
-        except Exception as exc:  # boundary: the thread must live
-            logger.exception("the base's answers could not be read; their requests fail")
-            for step in steps:
+        due: list[_Step] = []
+        rows: list[Tensor] = []
+        for step in steps:
+            if step.session.is_closed or not step.future.set_running_or_notify_cancel():
+                continue
+            try:
+                row = self._base(step)
+            except Exception as exc:  # boundary: the thread must live
+                logger.exception("the base's answer could not be read; its request fails")
                 step.future.set_exception(_internal(exc))
-            return
-        for step, is_good in zip(steps, has_token, strict=True):
-            if not is_good:
+                continue
+            if not bool(torch.isfinite(row).any()):
                 step.future.set_exception(_nothing_left())
-        good = [number for number, is_good in enumerate(has_token) if is_good]
-        if good:
-            self._steer([steps[number] for number in good], logits[good])
+                continue
+            due.append(step)
+            rows.append(row)
+        if due:
+            self._steer(due, torch.stack(rows))
 
     def _base(self, step: _Step) -> Tensor:
         row = base_row(step.top, self.residents.base.vocab_size, self._unseen)
