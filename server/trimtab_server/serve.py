@@ -209,9 +209,8 @@ def _build_engine(settings: Settings, background: list[Run]) -> Engine:
 def _build_black_box(settings: Settings, url: str) -> Engine:
     """Adapter LMs in this process beside a base behind an API. Raises `TrimtabError`: there is no such tokenizer."""
     try:
-        from trimtab_adapters.black_box.stepper import Stepper  # noqa: PLC0415 - loads torch
+        from trimtab_adapters.black_box.stepper import BaseModel, Stepper  # noqa: PLC0415 - loads torch
         from trimtab_adapters.black_box.tokenizer import load_base_tokenizer  # noqa: PLC0415
-        from trimtab_adapters.residents import BaseModel  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         raise InvalidRequestError(
             f"a black-box base needs packages that are not installed here ({exc}): adapter LMs run in the gateway's "

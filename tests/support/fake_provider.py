@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from scripted_server import Scripted
 from tiny_models import NUM_TOKENS
 from trimtab_server.engine.black_box_provider import Provider, ProviderLimits
 
@@ -50,6 +51,12 @@ class FakeProvider:
 
     def provider(self, limits: ProviderLimits = FAST, api_key: str | None = None) -> Provider:
         return Provider("http://provider.test/v1", "big-model", self.client(api_key), limits)
+
+    def over_http(self, path: str, body: Any) -> Scripted:
+        """The same as an answer of `scripted_server`."""
+        response = self._handle(httpx.Request("POST", f"http://provider.test{path}", json=body))
+        kind = {"content-type": response.headers["content-type"]} if "content-type" in response.headers else {}
+        return Scripted(response.status_code, response.content, kind)
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         self.headers = dict(request.headers)

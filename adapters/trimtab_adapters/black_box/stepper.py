@@ -31,6 +31,8 @@ from trimtab_adapters.residents import BaseModel, Residents
 from trimtab_adapters.steered_row import SteeredRow
 from trimtab_adapters.steering import SteeringCore, StepResult
 
+__all__ = ["BaseModel", "Session", "Stepper"]
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
