@@ -86,8 +86,12 @@ class FakeProvider:
         num = body.get("n", 1)
         choices = [self._choice(index, ids, body) for index in range(num)]
         num_output = sum(len(choice["logprobs"]["tokens"]) for choice in choices)
-        usage = {"prompt_tokens": len(ids), "completion_tokens": num_output, "total_tokens": len(ids) + num_output}
-        usage["prompt_tokens_details"] = {"cached_tokens": 1}
+        usage = {
+            "prompt_tokens": len(ids),
+            "completion_tokens": num_output,
+            "total_tokens": len(ids) + num_output,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        }
         return {"id": "cmpl-1", "object": "text_completion", "choices": choices, "usage": usage}
 
     def _choice(self, index: int, prompt: Sequence[int], body: dict[str, Any]) -> dict[str, Any]:

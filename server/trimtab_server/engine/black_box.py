@@ -298,7 +298,10 @@ class BlackBoxEngine(Generic[S]):
         return self._tokenizer.decode(token_ids[num_own:], skip_special_tokens=False)
 
     def _writer(self, request: EngineRequest, asked: BlackBoxRequest) -> AnswerWriter:
-        return AnswerWriter(request, asked.prompt_token_ids, self._tokenizer, asked.rules.num_top)
+        restriction = {"unseen": self._options.unseen, "top_logprobs": self._options.num_top}
+        is_whole = asked.passed_on is not None
+        prompt, num_top = asked.prompt_token_ids, asked.rules.num_top
+        return AnswerWriter(request, prompt, self._tokenizer, num_top, None if is_whole else restriction)
 
     async def _read(self, request: EngineRequest) -> BlackBoxRequest:
         """In a thread: tokenising a long prompt takes its time."""

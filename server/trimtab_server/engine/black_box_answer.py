@@ -7,7 +7,7 @@ from typing import Any
 from trimtab_adapters.contract.black_box import SampledToken
 from trimtab_server.engine.base import EngineDelta, EngineRequest
 from trimtab_server.engine.black_box_cost import Cost
-from trimtab_server.engine.black_box_provider import NoLogprobsError, as_sequence
+from trimtab_server.engine.black_box_errors import NoLogprobsError
 from trimtab_server.engine.black_box_text import TextPiece, Tokenizer
 from trimtab_server.engine.black_box_tokens import MappedTop, TokenMap
 
@@ -39,7 +39,7 @@ def read_positions(data: Mapping[str, Any], tokens: TokenMap, num_top: int, *, r
         EngineError: They do not fit the tokenizer.
     """
     logprobs = data["choices"][0].get("logprobs") or {}
-    tops = as_sequence(logprobs.get("top_logprobs"))
+    tops = _array(logprobs.get("top_logprobs"))
     if not tops or not all(tops):
         raise NoLogprobsError
     drawn = [tokens.id_of(token) for token in logprobs["tokens"]] if reads_drawn else [None] * len(tops)
@@ -63,7 +63,7 @@ def read_piece(choice: Mapping[str, Any], tokens: TokenMap, num_top: int) -> Who
     """
     logprobs = choice.get("logprobs") or {}
     sampled = []
-    names, values = as_sequence(logprobs.get("tokens")), as_sequence(logprobs.get("token_logprobs"))
+    names, values = _array(logprobs.get("tokens")), _array(logprobs.get("token_logprobs"))
     tops = logprobs.get("top_logprobs") or [None] * len(names)
     for name, logprob, top in zip(names, values, tops, strict=True):
         token_id = tokens.id_of(name)
@@ -86,14 +86,23 @@ class AnswerWriter:
         prompt_token_ids: Its prompt.
         tokenizer: Texts of tokens.
         num_top: Alternatives per token.
+        restriction: What the answer's tokens were sampled from, where that was not the whole distribution.
     """
 
-    def __init__(self, request: EngineRequest, prompt_token_ids: list[int], tokenizer: Tokenizer, num_top: int) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        prompt_token_ids: list[int],
+        tokenizer: Tokenizer,
+        num_top: int,
+        restriction: dict[str, Any] | None = None,
+    ) -> None:
         self._is_chat = request.endpoint == "chat.completions"
         self._shows_ids = bool(request.body.get("return_tokens_as_token_ids"))
         self._prompt = prompt_token_ids
         self._tokenizer = tokenizer
         self._num_top = num_top
+        self._restriction = restriction
         self._num_tokens = 0
         self._offset = 0
         self._is_first = True
@@ -116,6 +125,8 @@ class AnswerWriter:
             "stop_reason": piece.stop_reason,
             "token_ids": token_ids,
         }
+        if self._restriction is not None:
+            choice["black_box"] = self._restriction
         if self._is_chat:
             choice |= {"delta": {"content": piece.text}, "logprobs": {"content": [self._entry(t) for t in tokens]}}
         else:
@@ -171,3 +182,12 @@ class AnswerWriter:
     def _plain(self, token_id: int, logprob: float) -> dict[str, Any]:
         name = self._shown(token_id)
         return {"token": name, "logprob": logprob, "bytes": list(name.encode("utf-8", "replace"))}
+
+
+def _array(value: object) -> Sequence[Any]:
+    """A JSON array; empty for null."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise TypeError(f"an array was expected, not {type(value).__name__}")
+    return value

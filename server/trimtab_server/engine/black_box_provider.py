@@ -9,10 +9,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -23,26 +22,28 @@ from trimtab_adapters.contract.engine_api import ProviderStatus
 from trimtab_adapters.contract.errors import (
     EngineDiedError,
     EngineError,
-    EngineRequestError,
     EngineTimeoutError,
     EngineUnavailableError,
 )
 from trimtab_server.breaker import Breaker
 from trimtab_server.engine.black_box_cost import Cost, cost_of
+from trimtab_server.engine.black_box_errors import (
+    MAX_BACKOFF_S,
+    PASSES,
+    NoLogprobsError,
+    PassingError,
+    pause_after,
+    refusal,
+    stream_error,
+    well_formed,
+)
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_BACKOFF_S = 20.0
-"""Longest wait before another attempt. A provider that asks for more is left to the caller, who is told how much."""
-
 _FIRST_BACKOFF_S = 0.2
 _JITTER_S = 0.2
-_PASSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_GATEWAYS_FAULT = frozenset({401, 403, 404, 405})
-"""Refusals that concern the gateway's key, address or model, not what the caller asked."""
-_QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 _MAX_ANSWER_BYTES = 32 * 1024 * 1024
 _CHECK_AGE_S = 30.0
 """How old the knowledge may be that the provider answers. Every call renews it."""
@@ -70,26 +71,6 @@ class ProviderLimits:
     breaker_cooldown_s: float = 15.0
 
 
-class _PassingError(Exception):
-    """What another attempt may mend.
-
-    Args:
-        error: What the caller is told when it does not.
-        wait_s: When the provider wants to be asked again, where it said so.
-        is_away: Whether there was no answer at all.
-    """
-
-    def __init__(self, error: EngineError, *, wait_s: float | None = None, is_away: bool = False) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.wait_s = wait_s
-        self.is_away = is_away
-
-
-class NoLogprobsError(Exception):
-    """An answer without log-probabilities: some providers leave them out when the sampled token ends the text."""
-
-
 class Provider:
     """A provider's completions API.
 
@@ -110,7 +91,7 @@ class Provider:
             "the black box",
             threshold=self._limits.breaker_threshold,
             cooldown_s=self._limits.breaker_cooldown_s,
-            is_away=lambda exc: isinstance(exc, _PassingError) and exc.is_away,
+            is_away=lambda exc: isinstance(exc, PassingError) and exc.is_away,
             refusal=lambda message, wait_s: EngineUnavailableError(message, retry_after_s=math.ceil(wait_s)),
         )
         self._answered_at = float("-inf")
@@ -160,28 +141,29 @@ class Provider:
 
         async def attempt() -> T:
             data = await self._post(body)
-            with _well_formed():
+            with well_formed():
                 price = cost_of(data.get("usage"))
             cost.add(price)
             self._total.add(price)
-            with _well_formed():
+            with well_formed():
                 return read(data)
 
-        return await self._with_retries(attempt), cost
+        return await self._with_retries(attempt, self._places), cost
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer. Tried again only before the first of them. Raises as `complete`."""
-        stream, chunk = await self._with_retries(lambda: self._open_stream(body))
         cost = Cost()
-        async with aclosing(stream):
+        async with self._places, AsyncExitStack() as stack:
+            stream, chunk = await self._with_retries(lambda: self._open_stream(body), nullcontext())
+            await stack.enter_async_context(aclosing(stream))
             while chunk is not None:
-                with _well_formed():
+                with well_formed():
                     if chunk.get("usage"):
                         cost = cost_of(chunk["usage"])
                 yield chunk
                 try:
                     chunk = await anext(stream, None)
-                except _PassingError as exc:
+                except PassingError as exc:
                     raise exc.error from exc
         self._total.add(cost)
 
@@ -195,15 +177,15 @@ class Provider:
             return
         self._breaker.check()
         try:
-            with self._translated(), self._breaker.attempt():
+            with self._breaker.attempt(), self._translated():
                 response = await self._client.get(f"{self._url}/models", timeout=_CHECK_TIMEOUT_S)
-        except _PassingError as exc:
+        except PassingError as exc:
             raise exc.error from exc
         if response.status_code in (401, 403):
             raise EngineUnavailableError(
                 "the black box does not take the gateway's key (TRIMTAB_BLACK_BOX_API_KEY)", retry_after_s=30
             )
-        if response.status_code in _PASSES:
+        if response.status_code in PASSES:
             raise EngineUnavailableError(f"the black box answers {response.status_code}", retry_after_s=5)
         self._answered_at = time.monotonic()  # also after a 404: not everybody lists models
 
@@ -211,10 +193,12 @@ class Provider:
         """Close the connections."""
         await self._client.aclose()
 
-    async def _with_retries(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _with_retries(
+        self, attempt: Callable[[], Coroutine[Any, Any, T]], place: AbstractAsyncContextManager[Any]
+    ) -> T:
         limits = self._limits
         retries = stamina.retry_context(
-            on=_pause_after,
+            on=pause_after,
             attempts=limits.max_retries + 1,
             timeout=None,
             wait_initial=_FIRST_BACKOFF_S,
@@ -226,10 +210,10 @@ class Provider:
                 async for number in retries:
                     with number:
                         self._num_retries += number.num > 1
-                        async with self._places:
+                        async with place:
                             with self._breaker.attempt():
                                 return await attempt()
-        except _PassingError as exc:
+        except PassingError as exc:
             self._num_failed += 1
             self._answered_at = float("-inf")
             raise exc.error from exc
@@ -260,9 +244,9 @@ class Provider:
                     if len(data) > _MAX_ANSWER_BYTES:
                         raise EngineError("the black box answers without end")
         if response.status_code != 200:
-            raise _refusal(response, bytes(data))
+            raise refusal(response, bytes(data))
         self._answered_at = time.monotonic()
-        with _well_formed():
+        with well_formed():
             answer = json.loads(bytes(data))
             if not isinstance(answer, dict):
                 raise TypeError("no object")
@@ -287,17 +271,17 @@ class Provider:
                 "POST", f"{self._url}/completions", content=content, timeout=self._timeout, headers=_JSON
             ) as response:
                 if response.status_code != 200:
-                    raise _refusal(response, await response.aread())
+                    raise refusal(response, await response.aread())
                 self._answered_at = time.monotonic()
                 async with aclosing(EventSource(response).aiter_sse()) as events:
                     async for event in events:
                         if event.data == "[DONE]":
                             is_complete = True
                             continue
-                        with _well_formed():
+                        with well_formed():
                             chunk = json.loads(event.data)
                             if chunk.get("error"):
-                                raise _stream_error(chunk["error"])
+                                raise stream_error(chunk["error"])
                         yield chunk
         if not is_complete:
             raise EngineDiedError("the black box broke its answer off")
@@ -312,12 +296,12 @@ class Provider:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
-            raise _PassingError(EngineUnavailableError("the black box cannot be reached"), is_away=True) from exc
+            raise PassingError(EngineUnavailableError("the black box cannot be reached"), is_away=True) from exc
         except httpx.TimeoutException as exc:
             message = f"the black box did not answer within {self._limits.timeout_s:g} s"
-            raise _PassingError(EngineUnavailableError(message), is_away=True) from exc
+            raise PassingError(EngineUnavailableError(message), is_away=True) from exc
         except (httpx.HTTPError, SSEError) as exc:
-            raise _PassingError(EngineDiedError("the black box broke its answer off"), is_away=True) from exc
+            raise PassingError(EngineDiedError("the black box broke its answer off"), is_away=True) from exc
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -332,78 +316,3 @@ def build_provider_client(api_key: str | None = None) -> httpx.AsyncClient:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0)
     return httpx.AsyncClient(limits=limits, headers=headers, trust_env=False, follow_redirects=False)
-
-
-def _pause_after(exc: Exception) -> bool | float:
-    """Whether to try again after an error, and when, if the provider said so; stamina's hook."""
-    if isinstance(exc, NoLogprobsError):
-        return True
-    if not isinstance(exc, _PassingError):
-        return False
-    if exc.wait_s is None:
-        return True
-    return exc.wait_s if exc.wait_s <= MAX_BACKOFF_S else False
-
-
-def _refusal(response: httpx.Response, data: bytes) -> Exception:
-    """What an answer with an error status means."""
-    status, error = response.status_code, _error_object(data)
-    message = str(error.get("message") or f"the black box answered {status}")
-    if error.get("code") in _QUOTA or error.get("type") in _QUOTA:
-        logger.error("the black box: %s", message)
-        return EngineUnavailableError("the gateway's quota at the black box is used up", retry_after_s=60)
-    if status in _PASSES:
-        wait_s = _retry_after_s(response.headers)
-        shown = 1 if wait_s is None else max(1, math.ceil(wait_s))
-        busy = "is too busy" if status == 429 else f"answers {status}"
-        return _PassingError(EngineUnavailableError(f"the black box {busy}", retry_after_s=shown), wait_s=wait_s)
-    if status in _GATEWAYS_FAULT or response.is_redirect:
-        logger.error("the black box refuses the gateway with %d: %s", status, message)
-        return EngineRequestError(message, engine_status=502, error=error)
-    return EngineRequestError(message, engine_status=status, error=error)
-
-
-def _stream_error(error: object) -> EngineError:
-    message = error.get("message") if isinstance(error, dict) else None
-    return EngineRequestError(str(message or "the black box failed"), engine_status=502)
-
-
-def _error_object(data: bytes) -> dict[str, Any]:
-    try:
-        error = json.loads(data).get("error")
-    except (ValueError, AttributeError):
-        return {}
-    return error if isinstance(error, dict) else {"message": str(error)} if error else {}
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds from `retry-after-ms` or `Retry-After`, which may be a number or a date."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name, "").strip()
-        try:
-            seconds = float(value) / unit
-        except ValueError:
-            continue
-        return seconds if 0 <= seconds < math.inf else None
-    try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-@contextmanager
-def _well_formed() -> Iterator[None]:
-    """An answer in an unexpected shape is the provider's error, not a `KeyError`."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
-        raise EngineError(f"the black box's answer has an unexpected form: {exc!r}") from exc
-
-
-def as_sequence(value: object) -> Sequence[Any]:
-    """A JSON array; empty for null."""
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise TypeError(f"an array was expected, not {type(value).__name__}")
-    return value

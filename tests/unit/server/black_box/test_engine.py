@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from black_box_bench import TOP_K, Bench, MakeBench
 from fake_provider import FAST, FakeProvider, bigram_logprobs, refusal, without_logprobs
 from steering_reference import Reference
 from tiny_models import NUM_TOKENS
@@ -25,8 +26,6 @@ from trimtab_adapters.contract.params import SteeringOperators
 from trimtab_adapters.contract.records import SteeringRecord
 from trimtab_server.engine.base import Candidate, EngineRequest
 from trimtab_server.engine.black_box import FIRST_KEPT_S
-
-from .conftest import TOP_K, Bench, MakeBench
 
 pytestmark = pytest.mark.anyio
 

@@ -16,6 +16,7 @@ from fake_provider import FakeProvider, bigram_logprobs, refusal
 from scripted_server import scripted_server
 from tiny_models import TinyModels
 from trimtab_adapters.contract.errors import InvalidRequestError, VocabularyError
+from trimtab_adapters.contract.records import Rollout
 from trimtab_server.app import create_app
 from trimtab_server.serve import build_parts
 from trimtab_server.settings import Settings
@@ -111,6 +112,12 @@ async def test_rollouts_are_logged_with_all_three_log_probabilities(world: World
     names = ("base_logprobs", "steered_logprobs", "kl")
     assert {len(rollout[name]) for name in names} == {len(rollout["adapter_logprobs"][0])} == {4}
     assert rollout["base_model"] == "base"
+    assert rollout["sampling"]["black_box"] == {"unseen": "exclude", "top_logprobs": 20}
+    assert not Rollout.model_validate(rollout).is_plain, "it was not sampled from the whole vocabulary"
+    await complete(world, model="base", user="whole")
+    lines = (await world.client.get("/admin/rollouts/export", params={"format": "jsonl"})).text.splitlines()
+    (rollout,) = [r for r in map(json.loads, lines) if r["metadata"].get("user") == "whole"]
+    assert Rollout.model_validate(rollout).is_plain
 
 
 async def test_reference_rollouts_and_candidates_are_billed_together(world: World) -> None:
@@ -144,6 +151,23 @@ async def test_an_unsteered_model_is_one_call_of_the_base(world: World) -> None:
     answer = await complete(world, model="base")
     assert len(world.fake.bodies) == before + 1
     assert answer["choices"][0]["text"].split()[0] == f"t{int(bigram_logprobs(5).argmax())}"
+
+
+async def test_early_rejection_works_and_is_billed_whole(world: World) -> None:
+    before = len(world.fake.bodies)
+    answer = await complete(
+        world,
+        prompt=[23, 24],
+        best_of=3,
+        seed=5,
+        temperature=1,
+        reward="ones",
+        ignore_eos=True,
+        calibration={"method": "none"},
+        selection={"strategy": "early_reject", "checkpoints": [2], "return_candidates": True},
+    )
+    assert answer["usage"]["black_box"]["calls"] == len(world.fake.bodies) - before
+    assert len(answer["candidates"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,28 @@ async def test_no_more_calls_at_a_time_than_allowed() -> None:
     assert most == 3
 
 
+async def test_a_stream_takes_a_place_to_its_end() -> None:
+    provider = FakeProvider().provider(ProviderLimits(max_calls=1, deadline_s=0.2))
+    stream = provider.stream({**BODY, "max_tokens": 3})
+    await anext(stream)
+    with pytest.raises(EngineTimeoutError):
+        await ask(provider)
+    await stream.aclose()
+    await ask(provider)
+
+
+async def test_checks_that_get_no_answer_count_too() -> None:
+    async def away(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("x")
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(away))
+    provider = Provider("http://provider.test/v1", "m", client, ProviderLimits(breaker_threshold=2))
+    for _ in range(2):
+        with pytest.raises(EngineUnavailableError, match="cannot be reached"):
+            await provider.check()
+    assert provider.status.breaker == "open"
+
+
 async def test_a_provider_that_is_away_is_left_alone_for_a_while() -> None:
     fake = FakeProvider(replies=[lambda _: httpx.ConnectError("x")] * 9)
     limits = ProviderLimits(max_retries=0, breaker_threshold=3, breaker_cooldown_s=60)
