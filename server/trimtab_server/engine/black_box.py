@@ -204,8 +204,6 @@ class BlackBoxEngine(Generic[S]):
     async def _streamed(self, request: EngineRequest, asked: BlackBoxRequest) -> AsyncGenerator[EngineDelta, None]:
         """An answer that the provider samples by itself."""
         writer, cost = self._writer(request, asked), Cost()
-        if (opening := writer.opening()) is not None:
-            yield opening
         async with aclosing(self._provider.stream(self._whole_body(asked))) as chunks:
             async for chunk in chunks:
                 if chunk.get("usage"):
@@ -215,6 +213,8 @@ class BlackBoxEngine(Generic[S]):
                         piece = read_piece(choice, self._tokens, asked.rules.num_top)
                     except (ValueError, TypeError, KeyError) as exc:
                         raise EngineError(f"the black box's answer has an unexpected form: {exc}") from exc
+                    if (opening := writer.opening()) is not None:
+                        yield opening
                     yield writer.delta(piece.text, piece.tokens)
         yield writer.usage(cost)
 
@@ -225,8 +225,6 @@ class BlackBoxEngine(Generic[S]):
         tokens, ahead = list(asked.prompt_token_ids), deque[Position]()
         session = await self._steerer.open(params, asked.prompt_token_ids, asked.rules)
         try:
-            if (opening := writer.opening()) is not None:
-                yield opening
             for num_left in range(asked.max_tokens, 0, -1):
                 if not ahead:
                     num_wanted = min(self._options.lookahead, num_left)
@@ -241,6 +239,8 @@ class BlackBoxEngine(Generic[S]):
                 if token.token_id != position.drawn:
                     ahead.clear()
                 piece = text.push(token.token_id)
+                if (opening := writer.opening()) is not None:
+                    yield opening
                 yield writer.delta(piece, [token], cost)
                 if piece.finish_reason is not None:
                     break

@@ -108,8 +108,11 @@ class AnswerWriter:
         self._is_first = True
 
     def opening(self) -> EngineDelta | None:
-        """What comes before the first token: of a chat its role."""
-        if not self._is_chat:
+        """What comes before the first token: of a chat its role. None when there is nothing, or it was given before.
+
+        Not to be sent earlier: an error before it still has a status of its own.
+        """
+        if not (self._is_chat and self._is_first):
             return None
         self._is_first = False
         delta = {"role": "assistant", "content": ""}

@@ -49,7 +49,8 @@ async def make_bench(anyio_backend: str, steppers: Steppers) -> AsyncIterator[Ma
             **options: Any,
         ) -> Bench:
             fake = fake or FakeProvider()
-            chosen = BlackBoxOptions(**({"api": fake.api, "num_top": TOP_K, "max_model_len": max_model_len} | options))
+            fields: dict[str, Any] = {"api": fake.api, "num_top": TOP_K, "max_model_len": max_model_len} | options
+            chosen = BlackBoxOptions(**fields)
             stepper = await steppers.get(chosen.unseen, max_model_len, is_fresh=is_fresh)
             provider, tokenizer = fake.provider(limits), steppers.tokenizer
             fingerprint = vocabulary_fingerprint(tokenizer.vocabulary)

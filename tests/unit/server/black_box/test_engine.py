@@ -253,6 +253,20 @@ async def test_a_chat_is_rendered_by_the_tokenizers_own_template(make_bench: Mak
     assert entries[0]["token"] == entries[0]["top_logprobs"][0]["token"]
 
 
+@pytest.mark.parametrize("is_steered", [True, False])
+async def test_nothing_of_a_chat_comes_before_what_may_still_fail(make_bench: MakeBench, is_steered: bool) -> None:
+    bench = await make_bench(FakeProvider(replies=[refusal(400)]))
+    body = {"messages": [{"role": "user", "content": "t3"}], "max_tokens": 2, "logprobs": True}
+    steering = bench.steered().steering if is_steered else None
+    stream = bench.engine.stream(EngineRequest("chat.completions", body, steering, "u"))
+    with pytest.raises(EngineRequestError):
+        await anext(stream)
+    deltas = [delta async for delta in bench.engine.stream(EngineRequest("chat.completions", body, steering, "u"))]
+    assert deltas[0].choice["delta"] == {"role": "assistant", "content": ""}
+    assert deltas[0].prompt_token_ids == [3]
+    assert [delta.prompt_token_ids for delta in deltas[1:]] == [None] * (len(deltas) - 1)
+
+
 async def test_an_answer_ends_at_the_end_token_and_counts_it(make_bench: MakeBench) -> None:
     bench = await make_bench(unseen="residual")
     candidate = await bench.engine.generate(bench.steered(min_tokens=2, logit_bias={"0": 100.0}))

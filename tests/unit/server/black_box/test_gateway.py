@@ -80,28 +80,22 @@ async def complete(world: World, **body: Any) -> Any:
     return response.json()
 
 
-async def test_completions_and_chat_have_openais_shapes(world: World) -> None:
-    client = openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key="any", max_retries=0, http_client=world.client)
-    whole = await client.completions.create(model="adapter", prompt="t3 t4 t5", max_tokens=4, temperature=0, logprobs=2)
+async def test_completions_have_openais_shapes(world: World) -> None:
+    asked: dict[str, Any] = {"model": "adapter", "prompt": "t3 t4 t5", "max_tokens": 4, "temperature": 0}
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key="any", max_retries=0) as client:
+        whole = await client.completions.create(**asked, logprobs=2)
+        stream = await client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        chunks = [chunk async for chunk in stream]
+        with pytest.raises(openai.BadRequestError, match="chat template"):
+            await client.chat.completions.create(model="adapter", messages=[{"role": "user", "content": "t3"}])
     assert whole.usage is not None
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 4)
     assert whole.choices[0].logprobs is not None
     assert [len(top) for top in whole.choices[0].logprobs.top_logprobs or []] == [2, 2, 2, 2]
-    stream = await client.completions.create(
-        model="adapter",
-        prompt="t3 t4 t5",
-        max_tokens=4,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert sum(bool(chunk.choices and chunk.choices[0].text) for chunk in chunks) == 4
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.model_dump()["black_box"]["completion_tokens"] >= 3
-    assert sum(bool(chunk.choices and chunk.choices[0].text) for chunk in chunks) == 4
-    with pytest.raises(openai.BadRequestError, match="chat template"):
-        await client.chat.completions.create(model="adapter", messages=[{"role": "user", "content": "t3"}])
 
 
 async def test_rollouts_are_logged_with_all_three_log_probabilities(world: World) -> None:
@@ -184,6 +178,14 @@ async def test_a_provider_that_fails_is_an_error_of_openais_shape(
     assert response.json()["error"]["code"] == code
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert ("Retry-After" in response.headers) == (status == 503)
+
+
+@pytest.mark.parametrize("model", ["base", "adapter"])
+async def test_an_error_before_the_first_token_of_a_stream_has_its_status(world: World, model: str) -> None:
+    world.fake.replies.append(refusal(400, "too long"))
+    body = {"model": model, "prompt": [33, 34], "max_tokens": 2, "stream": True}
+    response = await world.client.post("/v1/completions", json=body)
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "too long")
 
 
 async def test_a_negative_prompt_is_refused(world: World) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from typing_extensions import override
 
 from fake_provider import FAST, FakeProvider, Reply, refusal, without_logprobs
 from trimtab_adapters.contract.errors import (
@@ -339,6 +340,7 @@ async def test_a_stream_that_breaks_off_is_an_error_and_not_begun_again(text: st
 class Cut(httpx.AsyncByteStream):
     """A body whose connection breaks after the first chunk."""
 
+    @override
     async def __aiter__(self) -> AsyncIterator[bytes]:
         yield b'data: {"choices": []}\n\n'
         raise httpx.ReadError("x")

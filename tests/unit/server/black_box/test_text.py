@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from trimtab_adapters.contract.black_box import SamplingRules
 from trimtab_server.engine.black_box_request import BlackBoxRequest
@@ -36,6 +37,7 @@ class Utf8:
 class Words(Utf8):
     """Words with a space between them, as SentencePiece and word-level tokenizers write them."""
 
+    @override
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return " ".join(f"w{i}" for i in token_ids)
 
