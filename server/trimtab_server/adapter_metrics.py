@@ -79,6 +79,7 @@ _PROVIDER = {
     "completion_tokens": "Generated tokens that it billed.",
     "cached_tokens": "Of its prompt tokens, those from its cache.",
     "unmapped_tokens": "Tokens that it showed and that the gateway's tokenizer does not know.",
+    "resplit_calls": "Calls whose prompt it split into another number of tokens than the gateway.",
 }
 
 

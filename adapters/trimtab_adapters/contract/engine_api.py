@@ -110,6 +110,8 @@ class ProviderStatus(_Message):
     cached_tokens: int
     unmapped_tokens: int
     """Tokens among the most probable ones shown that the gateway's tokenizer does not know."""
+    resplit_calls: int
+    """Calls whose prompt the provider split into another number of tokens than the gateway."""
 
 
 class EngineStatus(_Message):

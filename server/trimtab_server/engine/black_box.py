@@ -275,7 +275,9 @@ class BlackBoxEngine(Generic[S]):
             return read_positions(data, self._tokens, options.num_top, reads_drawn=num_tokens > 1)
 
         positions, cost = await self._provider.complete(body, read)
-        self._provider.count_unmapped(sum(position.shown.num_unmapped for position in positions))
+        cost.resplit_calls = int(cost.prompt_tokens not in (0, cost.calls * len(token_ids)))
+        num_unmapped = sum(position.shown.num_unmapped for position in positions)
+        self._provider.count(Cost(unmapped_tokens=num_unmapped, resplit_calls=cost.resplit_calls))
         return _Shown(positions, cost)
 
     def _whole_body(self, asked: BlackBoxRequest) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class Cost:
         cached_tokens: Those of the prompt tokens that it found in its cache, which many bill at a lower price.
         unmapped_tokens: Among the most probable tokens shown, those that the gateway's tokenizer does not know and that
             could not be sampled therefore; no cost, but part of what the answer is made of.
+        resplit_calls: Calls whose prompt the provider split into another number of tokens than the adapter LMs read,
+            as can happen when prompts are sent as text.
     """
 
     calls: int = 0
@@ -22,6 +24,7 @@ class Cost:
     completion_tokens: int = 0
     cached_tokens: int = 0
     unmapped_tokens: int = 0
+    resplit_calls: int = 0
 
     def add(self, other: "Cost") -> None:
         """Add another's sums."""

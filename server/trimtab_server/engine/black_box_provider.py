@@ -117,11 +117,12 @@ class Provider:
             completion_tokens=total.completion_tokens,
             cached_tokens=total.cached_tokens,
             unmapped_tokens=total.unmapped_tokens,
+            resplit_calls=total.resplit_calls,
         )
 
-    def count_unmapped(self, num: int) -> None:
-        """Tokens that were shown and not known."""
-        self._total.unmapped_tokens += num
+    def count(self, cost: Cost) -> None:
+        """Add what only its reader found out about a call."""
+        self._total.add(cost)
 
     async def complete(self, body: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> tuple[T, Cost]:
         """One call and its price.

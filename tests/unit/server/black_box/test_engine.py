@@ -5,6 +5,7 @@ import itertools
 from contextlib import aclosing
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,7 @@ async def test_every_token_is_a_call_that_sends_the_answer_so_far(make_bench: Ma
             "completion_tokens": 4,
             "cached_tokens": 4,
             "unmapped_tokens": 0,
+            "resplit_calls": 0,
             "total_tokens": 22,
         },
     }
@@ -480,6 +482,22 @@ async def test_a_prompt_may_be_sent_as_text(make_bench: MakeBench) -> None:
     bench = await make_bench(prompt="text")
     candidate = await bench.engine.generate(bench.steered(max_tokens=2, **GREEDY))
     assert [body["prompt"] for body in bench.fake.bodies] == ["t3 t4 t5", f"t3 t4 t5 t{candidate.token_ids[0]}"]
+
+
+async def test_a_text_that_the_provider_splits_otherwise_is_noticed(make_bench: MakeBench) -> None:
+    fake = FakeProvider()
+
+    def split_otherwise(body: dict[str, Any]) -> httpx.Response:
+        answer = fake.answer(body)
+        answer["usage"]["prompt_tokens"] += 1
+        return httpx.Response(200, json=answer)
+
+    fake.replies = [lambda _: None, split_otherwise]
+    bench = await make_bench(fake, prompt="text")
+    candidate = await bench.engine.generate(bench.steered(max_tokens=3, **GREEDY))
+    status = await bench.engine.status()
+    assert status.provider is not None
+    assert candidate.usage["black_box"]["resplit_calls"] == status.provider.resplit_calls == 1
 
 
 async def test_texts_and_messages_are_tokenised_here(make_bench: MakeBench) -> None:
