@@ -26,6 +26,9 @@ from trimtab_server.canary.watcher import CanaryWatcher
 from trimtab_server.decoding.pooled import PooledCalibrators
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.decoding.scoring import CalibratedScoring
+from trimtab_server.engine.base import Engine
+from trimtab_server.engine.black_box import BlackBoxEngine, BlackBoxOptions
+from trimtab_server.engine.black_box_provider import Provider, ProviderLimits, build_provider_client
 from trimtab_server.engine.residency import Residency
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
@@ -71,8 +74,11 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> int:
-    if settings.model is None and not settings.engine_urls:
-        raise InvalidRequestError("there is nothing to serve: name a base model (--model) or an engine (--engine-url)")
+    if settings.model is None and not settings.engine_urls and settings.black_box_url is None:
+        raise InvalidRequestError(
+            "there is nothing to serve: name a base model (--model), an engine (--engine-url) or the API of a base "
+            "(--black-box-url)"
+        )
     if len(settings.engine_urls) > 1:
         raise InvalidRequestError("one gateway serves one engine; start a gateway for each engine")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -182,8 +188,10 @@ async def build_parts(settings: Settings) -> GatewayParts:
     )
 
 
-def _build_engine(settings: Settings, background: list[Run]) -> VllmEngine:
-    """The engine at the given address, or a supervised child on a free loopback port."""
+def _build_engine(settings: Settings, background: list[Run]) -> Engine:
+    """The black box or the engine at the given address, or a supervised child on a free loopback port."""
+    if settings.black_box_url is not None:
+        return _build_black_box(settings, settings.black_box_url)
     if settings.engine_urls:
         (url,) = settings.engine_urls
         key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
@@ -210,6 +218,49 @@ def _build_engine(settings: Settings, background: list[Run]) -> VllmEngine:
     )
     background.append(supervisor.run)
     return engine
+
+
+def _build_black_box(settings: Settings, url: str) -> Engine:
+    """Adapter LMs in this process beside a base behind an API. Raises `TrimtabError`: there is no such tokenizer."""
+    try:
+        from trimtab_adapters.black_box.stepper import BaseModel, Stepper  # noqa: PLC0415 - loads torch
+        from trimtab_adapters.black_box.tokenizer import load_base_tokenizer  # noqa: PLC0415
+    except ModuleNotFoundError as exc:
+        raise InvalidRequestError(
+            f"a black-box base needs packages that are not installed here ({exc}): adapter LMs run in the gateway's "
+            "process, with torch and transformers"
+        ) from exc
+    tokenizer = load_base_tokenizer(settings.black_box_tokenizer or "")
+    fingerprint = vocabulary_fingerprint(tokenizer.vocabulary)
+    base = BaseModel(
+        vocab_size=tokenizer.num_tokens,
+        num_tokens=tokenizer.num_tokens,
+        vocabulary_sha256=fingerprint,
+        max_model_len=settings.black_box_context,
+    )
+    limits = ProviderLimits(
+        timeout_s=settings.black_box_timeout_s,
+        deadline_s=settings.black_box_deadline_s,
+        max_retries=settings.black_box_max_retries,
+        max_calls=settings.black_box_max_calls,
+    )
+    key = settings.black_box_api_key.get_secret_value() if settings.black_box_api_key else None
+    options = BlackBoxOptions(
+        api=settings.black_box_api,
+        prompt=settings.black_box_prompt,
+        num_top=settings.black_box_logprobs,
+        lookahead=settings.black_box_lookahead,
+        max_model_len=settings.black_box_context,
+        unseen=settings.black_box_unseen,
+    )
+    return BlackBoxEngine(
+        Provider(url, settings.black_box_model or "", build_provider_client(key), limits),
+        Stepper(base, unseen=options.unseen, kv_bytes=settings.black_box_adapter_kv_bytes),
+        tokenizer,
+        options,
+        vocabulary_sha256=fingerprint,
+        max_concurrent=settings.max_concurrent_candidates,
+    )
 
 
 def engine_command(settings: Settings, port: int) -> list[str]:
@@ -241,7 +292,8 @@ async def _register_given(settings: Settings, catalog: SqlCatalog) -> None:
 
 def _local_vocabulary(settings: Settings) -> tuple[str, int] | None:
     """Fingerprint and size of the base's tokenizer when the base is a directory here; else the engine checks it."""
-    directory = Path(settings.model).expanduser() if settings.model else None
+    source = settings.model or settings.black_box_tokenizer
+    directory = Path(source).expanduser() if source else None
     if directory is None or not (directory / "tokenizer.json").is_file():
         return None
     try:

@@ -322,6 +322,20 @@ def test_serve_turns_its_options_into_settings(monkeypatch: pytest.MonkeyPatch, 
     assert settings.data_dir == tmp_path
 
 
+def test_serve_takes_a_base_behind_an_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_BLACK_BOX_API_KEY", "sk-1")
+    _, [settings] = serve_with(
+        monkeypatch,
+        *("--black-box-url", "https://host/v1", "--black-box-model", "big", "--black-box-tokenizer", "/tokenizer"),
+        *("--black-box-api", "vllm", "--black-box-logprobs", "5", "--black-box-unseen", "residual"),
+        *("--black-box-context", "1024"),
+    )
+    assert (settings.black_box_url, settings.black_box_model) == ("https://host/v1", "big")
+    assert (settings.black_box_tokenizer, settings.black_box_api) == ("/tokenizer", "vllm")
+    assert (settings.black_box_logprobs, settings.black_box_unseen, settings.black_box_context) == (5, "residual", 1024)
+    assert settings.black_box_api_key.get_secret_value() == "sk-1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
