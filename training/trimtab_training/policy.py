@@ -7,7 +7,7 @@ positions of all rows are the same last columns, although the adapter's context 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +123,14 @@ class TailoredPolicy:
             output_token_ids=outputs,
             mask=mask,
         )
+
+
+class BuildPolicy(Protocol):
+    """Puts base and adapter together: `TailoredPolicy`, or another policy that trains the same way."""
+
+    def __call__(self, base: Any, adapter: Any, *, alpha: float, num_known: int) -> TailoredPolicy:
+        """See `TailoredPolicy`."""
+        ...
 
 
 @contextlib.contextmanager

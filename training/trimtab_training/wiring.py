@@ -30,7 +30,7 @@ from trimtab_training.models import (
 )
 from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
-from trimtab_training.policy import TailoredPolicy
+from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.publish import VersionInfo, temporary_version
 from trimtab_training.rewards import GatewayScorer, LocalScorer, Scorer
 from trimtab_training.rollouts import GatewaySource, LocalSource, NamedVersion, RolloutSource
@@ -61,7 +61,10 @@ def find_checkpoint(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
 
 
 def build_learner(
-    config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None
+    config: TrainConfig,
+    vocabulary: Vocabulary,
+    checkpoint: Checkpoint | None,
+    build_policy: BuildPolicy = TailoredPolicy,
 ) -> tuple[Learner, AdapterStart]:
     """Load both models and put them together with the objective and the optimiser; also what the adapter began as.
 
@@ -73,7 +76,12 @@ def build_learner(
     num_bins = config.objective.num_bins if isinstance(config.objective, QuarkConfig) else 0
     if checkpoint is None:
         start = load_adapter_start(
-            models.adapter, vocabulary, num_bins=num_bins, seed=config.seed, device=models.device
+            models.adapter,
+            vocabulary,
+            num_bins=num_bins,
+            seed=config.seed,
+            device=models.device,
+            start_scale=models.start_scale,
         )
     else:
         adapter = load_causal_lm(checkpoint.adapter_path, dtype=torch.float32, device=models.device)
@@ -83,7 +91,7 @@ def build_learner(
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
     start.model.requires_grad_(True)
     learner = Learner(
-        TailoredPolicy(base, start.model, alpha=models.alpha, num_known=num_known),
+        build_policy(base, start.model, alpha=models.alpha, num_known=num_known),
         build_objective(config.objective, start, seed=config.seed),
         optimiser=config.optimiser,
         num_steps=config.steps,

@@ -16,6 +16,7 @@ from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
+from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
 from trimtab_training.publish import VersionInfo, register_version, write_version
 from trimtab_training.recipes.evaluate import evaluate
@@ -71,6 +72,7 @@ def train(
     report: Report | None = None,
     resume: bool = False,
     show_progress: bool | None = None,
+    build_policy: BuildPolicy = TailoredPolicy,
 ) -> TrainResult:
     """Run the whole recipe.
 
@@ -83,6 +85,7 @@ def train(
         resume: Go on from the newest checkpoint in `config.output_dir`, if there is one. Without it a directory that
             holds checkpoints is refused.
         show_progress: Whether a progress bar is drawn; None draws it on a terminal only.
+        build_policy: Puts base and adapter together; what is served is always a `TailoredPolicy`.
 
     Raises:
         TrimtabError: Bad input, or the gateway, a reward or the disk failed; the checkpoints stay.
@@ -92,7 +95,7 @@ def train(
         raise ValueError("a connection is needed exactly when the configuration names a gateway")
     with cpu_threads(config.num_threads), torch.random.fork_rng(devices=_cuda_devices(config.models.device)):
         torch.manual_seed(config.seed)
-        run = _Run(config, gateway, scorer, interruption or Interruption(), report, resume)
+        run = _Run(config, gateway, scorer, interruption or Interruption(), report, resume, build_policy)
         with Tracker(
             config.output_dir, num_steps=config.steps, first_step=run.learner.step, show_progress=show_progress
         ) as tracker:
@@ -114,6 +117,7 @@ class _Run:
         interruption: Interruption,
         report: Report | None,
         resume: bool,
+        build_policy: BuildPolicy,
     ) -> None:
         self.config = config
         self.gateway = gateway
@@ -122,7 +126,7 @@ class _Run:
         checkpoint = find_checkpoint(config, resume=resume)
         self.is_new = checkpoint is None
         self.vocabulary = load_vocabulary(config.models.base_model)
-        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint)
+        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint, build_policy)
         self.next_round = checkpoint.run.next_round if checkpoint else 0
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
