@@ -156,11 +156,14 @@ def quality(scores: Sequence[float], rows: Sequence[Labelled]) -> dict[str, floa
 def _fit(model: Any, features: Any, rows: Sequence[Labelled]) -> None:
     """Fit on each row twice, as good with the weight of its target and as bad with the rest."""
     targets = np.array([row.target for row in rows])
-    twice = sparse.vstack([features, features]).tocsr() if sparse.issparse(features) else np.vstack([features] * 2)
+    stack: Any = sparse.vstack if sparse.issparse(features) else np.vstack
+    twice = stack([features, features])
     labels = np.repeat([1, 0], len(rows))
     weights = np.concatenate([targets, 1.0 - targets])
     used = weights > 0
-    model.fit(twice[used], labels[used], sample_weight=weights[used])
+    model.fit(
+        twice.tocsr()[used] if sparse.issparse(features) else twice[used], labels[used], sample_weight=weights[used]
+    )
 
 
 def _probabilities(model: Any, features: Any) -> list[float]:

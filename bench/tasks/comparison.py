@@ -45,8 +45,8 @@ def compare(systems: Mapping[str, Outcomes], *, seed: int) -> Rows:
         row: dict[str, Interval | None] = {
             score: bootstrap(mean, _per_prompt(outcomes, score), seed=seed) for score in outcomes.scores
         }
-        row["judge - base"] = None if name == BASE else bootstrap(
-            mean_difference, judge, _per_prompt(base, "judge"), seed=seed
+        row["judge - base"] = (
+            None if name == BASE else bootstrap(mean_difference, judge, _per_prompt(base, "judge"), seed=seed)
         )
         row["share of tuned gain"] = None
         if tuned is not None and gain is not None and gain.low > 0 and name not in (BASE, TUNED):
@@ -55,8 +55,8 @@ def compare(systems: Mapping[str, Outcomes], *, seed: int) -> Rows:
         nll, tokens = outcomes.nll.mean(axis=1), outcomes.num_tokens.mean(axis=1)
         base_nll, base_tokens = base.nll.mean(axis=1), base.num_tokens.mean(axis=1)
         row["perplexity"] = bootstrap(perplexity, nll, tokens, seed=seed)
-        row["perplexity / base"] = None if name == BASE else bootstrap(
-            perplexity_ratio, nll, tokens, base_nll, base_tokens, seed=seed
+        row["perplexity / base"] = (
+            None if name == BASE else bootstrap(perplexity_ratio, nll, tokens, base_nll, base_tokens, seed=seed)
         )
         row["kl"] = bootstrap(mean, outcomes.kl.mean(axis=1), seed=seed)
         row["tokens"] = bootstrap(mean, tokens, seed=seed)
@@ -104,7 +104,6 @@ def _distinct(outcomes: Outcomes, n: int, seed: int) -> Interval:
     """Over one output per prompt, for each column of outputs, so that systems with more outputs compare."""
     columns: Sequence[Sequence[tuple[int, ...]]] = list(zip(*outcomes.token_ids, strict=True))
     parts = [ngram_credits(column, n) for column in columns]
-    found = bootstrap(
+    return bootstrap(
         ratio, np.sum([credit for credit, _ in parts], axis=0), np.sum([num for _, num in parts], axis=0), seed=seed
     )
-    return found

@@ -84,9 +84,8 @@ def broken_up(sentence: str, rng: random.Random) -> str:
     if kind == 0:
         rng.shuffle(found)
     elif kind == 1 and len(found) > 3:
-        for _ in range(2):
-            i = rng.randrange(len(found) - 2)
-            found[i], found[i + 2] = found[i + 2], found[i]
+        i = rng.randrange(len(found) - 2)
+        found[i : i + 3] = found[i + 2], found[i], found[i + 1]
     elif kind == 2:
         found = content_words(sentence)
     elif kind == 3:
@@ -94,6 +93,8 @@ def broken_up(sentence: str, rng: random.Random) -> str:
         found[i:i] = found[i : i + rng.randrange(1, 4)] * rng.randrange(1, 3)
     else:
         found = found[: max(2, len(found) // 2)] + found[: max(1, len(found) // 3)]
+    if found == sentence.split():  # of words that are alike, or that needed no small ones
+        found += found[:2]
     return " " + " ".join(found)
 
 
@@ -125,5 +126,3 @@ def _key(prompt: str) -> str:
 def _is_known(item: RewardInput) -> bool:
     """Half of the judge's rows say what is usual, the other half are judged by it."""
     return sum(item.prompt.encode()) % 2 == 0
-
-

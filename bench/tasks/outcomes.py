@@ -37,7 +37,10 @@ class Outcomes:
 
     def chosen(self, picks: NDArray[np.int64]) -> Self:
         """Some outputs of each prompt; `picks` `[prompts, chosen]` are their places."""
-        take = lambda values: np.take_along_axis(values, picks, axis=1)  # noqa: E731
+
+        def take(values: Floats) -> Floats:
+            return np.take_along_axis(values, picks, axis=1)
+
         return type(self)(
             {name: take(values) for name, values in self.scores.items()},
             take(self.nll),

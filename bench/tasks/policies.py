@@ -1,10 +1,11 @@
 """The policies beside the tailored one that a task compares: a fine-tuned base, and a pair of experts."""
 
 from types import SimpleNamespace
-from typing import Any, override
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from trimtab_adapters import mixing
 from trimtab_training.policy import TailoredPolicy

@@ -2,10 +2,10 @@
 
     python bench/tasks/run.py --task toxicity --quick --json toxicity.json
 
-Systems: the base; the base steered by an adapter LM (IPA); the base itself fine-tuned with the same objective, rollouts
-and steps; a pair of experts (DExperts); best-of-8 of the base by the reward; IPA with best-of-8. All draw at temperature
-1 in this process. The judge is of another family than the reward and comes from other prompts; everything is measured on
-prompts that neither, nor any policy, was trained on. No text is printed or written.
+Systems: the base; the base steered by an adapter LM (IPA); the base itself fine-tuned with the same objective,
+rollouts and steps; a pair of experts (DExperts); best-of-8 of the base by the reward; IPA with best-of-8. All draw at
+temperature 1 in this process. The judge is of another family than the reward and comes from other prompts; all is
+measured on prompts that neither it, nor the reward, nor any policy was trained on. No text is printed or written.
 """
 
 import argparse

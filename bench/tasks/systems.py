@@ -108,9 +108,7 @@ class World:
         ]
         return ExpertPair(*pair)
 
-    def _measure(
-        self, policy: TailoredPolicy, prefix: Sequence[int], seed: int, *, steered: bool = True
-    ) -> Outcomes:
+    def _measure(self, policy: TailoredPolicy, prefix: Sequence[int], seed: int, *, steered: bool = True) -> Outcomes:
         return measure(
             self.task,
             policy,

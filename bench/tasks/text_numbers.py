@@ -1,5 +1,6 @@
 """Plain numbers about a text, or about an output beside its prompt: what classifiers see besides n-grams."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,9 +9,11 @@ from trimtab_adapters.contract.rewards import RewardInput
 
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 _FUNCTION_WORDS = frozenset(
-    "a an the and or but if of to in on at by for with from as is are was were be been being am do does did has have had "
-    "i you he she it we they me him her us them my your his its our their this that these those not no so than then "
-    "there here who which what when where how why will would can could should may might must up out off over into".split()
+    """
+    a an the and or but if of to in on at by for with from as is are was were be been being am do does did has have had
+    i you he she it we they me him her us them my your his its our their this that these those not no so than then
+    there here who which what when where how why will would can could should may might must up out off over into
+    """.split()  # noqa: SIM905 - a list of a hundred literals is no better to read
 )
 
 
@@ -28,7 +31,7 @@ def shape(text: str) -> list[float]:
     """Number of words, share of different ones, of function words and of words that repeat the one before."""
     found = words(text)
     num = max(1, len(found))
-    repeats = sum(a == b for a, b in zip(found, found[1:], strict=False))
+    repeats = sum(a == b for a, b in itertools.pairwise(found))
     return [
         float(len(found)),
         len(set(found)) / num,
@@ -97,9 +100,7 @@ class Familiarity:
         """
         marked = _marked(text)
         pairs, triples = list(_runs(marked, 2)), list(_runs(marked, 3))
-        odd = sum(
-            pair not in self._runs[2] and all((word,) in self._runs[1] for word in pair) for pair in pairs
-        )
+        odd = sum(pair not in self._runs[2] and all((word,) in self._runs[1] for word in pair) for pair in pairs)
         return [
             sum(pair in self._runs[2] for pair in pairs) / max(1, len(pairs)),
             sum(triple in self._runs[3] for triple in triples) / max(1, len(triples)),

@@ -2,9 +2,9 @@
 
     python bench/tasks/train_lm.py --size base --minutes 60
 
-It learns from the same kinds of text as the models beside the data, in the forms in which the tasks ask, but never from a
-held-out prompt of a task. Name the directory that is printed to `run.py` as `--base` or `--start`. With `--init` it goes
-on from a model that is there.
+It learns from the same kinds of text as the models beside the data, in the forms in which the tasks ask, but never
+from a held-out prompt of a task. Name the directory that is printed to `run.py` as `--base` or `--start`. With
+`--init` it goes on from a model that is there.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def _loss(model: Any, rows: NDArray[np.int64]) -> torch.Tensor:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--tokenizer", type=Path, default=Path("../shared/models/base7m"), help="directory of its model")
+    parser.add_argument("--tokenizer", type=Path, default=Path("../shared/models/base7m"), help="that of this model")
     parser.add_argument("--size", choices=sorted(SIZES), default="base")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--init", type=Path, help="go on from this model, whose size counts")

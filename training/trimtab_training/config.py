@@ -33,8 +33,8 @@ class ModelsConfig(ConfigSection):
     alpha: Alpha = 1.0
     """Weight of the adapter's log-probabilities, in training, when drawing and as the version's default. Not 0."""
     start_scale: float = Field(default=1.0, gt=0, le=1)
-    """What the logits of a plain adapter LM are multiplied by before training. An untrained adapter LM at alpha 1 already
-    bends the base towards what both find likely; with a small factor the tailored policy begins close to the base."""
+    """What the logits of a plain adapter LM are multiplied by before training. An untrained adapter LM at alpha 1
+    already bends the base towards what both find likely; with a small factor the policy begins close to the base."""
     device: str = "cpu"
     """Torch device of both models."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -193,7 +193,7 @@ def scale_logits(model: Any, factor: float) -> None:
         after = model(input_ids=probe, use_cache=False).logits.float()
     if not torch.allclose(after, factor * before, rtol=1e-3, atol=1e-4 * factor * float(before.abs().max())):
         raise AdapterError(
-            f"the logits of {type(model).__name__} are not proportional to its final norm; leave models.start_scale at 1"
+            f"the logits of {type(model).__name__} do not follow its final norm; leave models.start_scale at 1"
         )
 
 

@@ -29,7 +29,7 @@ def test_the_interval_of_a_mean_is_that_of_the_binomial_where_values_are_0_and_1
 
 
 def test_paired_differences_are_resampled_together() -> None:
-    base = np.arange(50.0)
+    base = np.arange(50, dtype=np.float64)
     found = bootstrap(mean_difference, base + 1.0, base, seed=1)
     # Every pair differs by exactly 1, however far apart the prompts are.
     assert found.as_list() == pytest.approx([1.0, 1.0, 1.0])

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ class Lengths:
 
     version = "1"
 
-    def score(self, inputs: list[RewardInput]) -> list[float]:
+    def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         return [float(len(item.output)) for item in inputs]
 
 
@@ -52,7 +53,7 @@ def test_support_is_what_a_reply_has_from_its_source() -> None:
 
 
 def test_the_longest_run_may_lie_anywhere() -> None:
-    assert longest_common_run("a b c d".split(), "x b c d y".split()) == 3
+    assert longest_common_run(["a", "b", "c", "d"], ["x", "b", "c", "d", "y"]) == 3
     assert longest_common_run(["a"], []) == 0
     assert share_of_runs(["a"], ["a"], 2) == 0.0
 
@@ -102,7 +103,12 @@ def examples(num: int, seed: int) -> list[Labelled]:
 def test_both_families_learn_a_word_that_decides(family: type[WordModel] | type[TreeModel]) -> None:
     model = family(examples(200, 0), View((output_of,), lambda item: shape(item.output)))
     fresh = examples(100, 1)
-    assert quality(model.score(rows_of(fresh)), fresh) == {"accuracy": 1.0, "auc": 1.0, "share_good": 0.5, "rows": 100.0}
+    assert quality(model.score(rows_of(fresh)), fresh) == {
+        "accuracy": 1.0,
+        "auc": 1.0,
+        "share_good": 0.5,
+        "rows": 100.0,
+    }
     assert model.score([]) == []
 
 

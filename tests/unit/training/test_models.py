@@ -112,7 +112,7 @@ def test_a_model_whose_logits_do_not_follow_its_norm_is_not_scaled(model_dirs: d
     model = load_causal_lm(model_dirs["untied"], dtype=torch.float32, device="cpu")
     bias = torch.nn.Linear(32, NUM_TOKENS, bias=True)
     model.set_output_embeddings(bias)
-    with pytest.raises(AdapterError, match="not proportional"):
+    with pytest.raises(AdapterError, match="do not follow its final norm"):
         scale_logits(model, 0.1)
 
 
