@@ -58,7 +58,7 @@ def compare(systems: Mapping[str, Outcomes], *, seed: int) -> Rows:
         row["perplexity / base"] = (
             None if name == BASE else bootstrap(perplexity_ratio, nll, tokens, base_nll, base_tokens, seed=seed)
         )
-        row["kl"] = bootstrap(mean, outcomes.kl.mean(axis=1), seed=seed)
+        row["kl"] = None if outcomes.kl is None else bootstrap(mean, outcomes.kl.mean(axis=1), seed=seed)
         row["tokens"] = bootstrap(mean, tokens, seed=seed)
         for n in (1, 2, 3):
             row[f"distinct-{n}"] = _distinct(outcomes, n, seed)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
-from tasks.rows import Part, part_of, read_rows
+from tasks.rows import Part, in_order, part_of, read_rows
 from tasks.sources import Sources, distinct
 from tasks.task import LongEnough, Scores, Task
 from tasks.text_numbers import Familiarity, content_words, output_shape, shape
@@ -19,6 +19,8 @@ from trimtab_server.rewards.keywords import KeywordOptions, KeywordReward
 _PATTERN = r"Keywords: (.*)\nSentence:"
 _MIN_WORDS = 4
 _MAX_TOKENS = 28
+_MOST_SETS = 6000
+"""Sets of keywords that are used; finding lemmas takes its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ def broken_up(sentence: str, rng: random.Random) -> str:
 def _sentences(sources: Sources, complete: KeywordReward) -> list[RewardInput]:
     """People's sentences that have all keywords of a set, each with a prompt that names them in its order."""
     found: list[RewardInput] = []
-    for row in read_rows(sources.data, "commongen/concept_sets"):
+    rows = sorted(read_rows(sources.data, "commongen/concept_sets"), key=lambda row: in_order(row["id"]))
+    for row in rows[:_MOST_SETS]:
         for reference in row["references"][:2]:
             order = _order(row["concepts"], reference)
             item = RewardInput(f"Keywords: {', '.join(order)}\nSentence:", f" {reference.strip()}")

@@ -12,7 +12,7 @@ from trimtab_adapters.contract.rewards import RewardInput
 _MIN_WORDS = 10
 _MAX_TOKENS = 48
 _PROMPT_WORDS = 30
-_MOST_STORIES = 1200
+_MOST_STORIES = 500
 """Of a part; each costs a sample of the base."""
 
 

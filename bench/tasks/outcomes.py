@@ -24,14 +24,15 @@ class Outcomes:
     Attributes:
         scores: `reward`, `judge` and the task's own measures.
         nll: Negative log-probability under the base.
-        kl: Sum over its tokens of KL(policy || base), in nats.
+        kl: Sum over its tokens of KL(policy || base), in nats; None for a choice among outputs, which moves further
+            from the base than the policy that drew them.
         num_tokens: Its length.
         token_ids: Its tokens.
     """
 
     scores: Mapping[str, Floats]
     nll: Floats
-    kl: Floats
+    kl: Floats | None
     num_tokens: Floats
     token_ids: Sequence[Sequence[tuple[int, ...]]]
 
@@ -44,7 +45,7 @@ class Outcomes:
         return type(self)(
             {name: take(values) for name, values in self.scores.items()},
             take(self.nll),
-            take(self.kl),
+            None,
             take(self.num_tokens),
             [[row[i] for i in chosen] for row, chosen in zip(self.token_ids, picks.tolist(), strict=True)],
         )
@@ -55,7 +56,7 @@ class Outcomes:
         return Outcomes(
             {name: np.hstack([part.scores[name] for part in parts]) for name in parts[0].scores},
             np.hstack([part.nll for part in parts]),
-            np.hstack([part.kl for part in parts]),
+            None if parts[0].kl is None else np.hstack([part.kl for part in parts if part.kl is not None]),
             np.hstack([part.num_tokens for part in parts]),
             [[ids for row in rows for ids in row] for rows in zip(*(part.token_ids for part in parts), strict=True)],
         )

@@ -1,7 +1,7 @@
 """How much of everything a run spends, and the settings of its training; one tree, overridden on the command line."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from tasks.language_models import ExpertRecipe
 
@@ -21,6 +21,7 @@ class Plan:
         prompts_per_round: Prompts of a round of rollouts.
         num_per_prompt: Rollouts per prompt of a round.
         interval: Steps between two rounds, for objectives with a pool.
+        base_dtype: Precision of the frozen base, in training and when drawing; vLLM serves in bfloat16.
         alpha: Weight of the adapter LM.
         start_scale: Of the adapter LM's logits at the start.
         lr: Peak learning rate of the adapter LM.
@@ -39,6 +40,7 @@ class Plan:
     prompts_per_round: int = 64
     num_per_prompt: int = 4
     interval: int = 50
+    base_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     alpha: float = 1.0
     start_scale: float = 0.1
     lr: float = 1e-3
@@ -51,11 +53,11 @@ class Plan:
         return asdict(self)
 
 
-_QUICK: Final[dict[str, Any]] = {"num_prompts": 150, "steps": 200}
+_QUICK: Final[dict[str, Any]] = {"num_prompts": 100, "steps": 80}
 
 _OF_TASK: Final[dict[str, dict[str, Any]]] = {
-    "toxicity": {},
-    "keywords": {},
+    "toxicity": {"objective": {"kind": "rloo", "kl_coef": 0.03}},
+    "keywords": {"objective": {"kind": "rloo", "kl_coef": 0.01}},
     "open-ended": {},
     "dialogue-safety": {},
     "grounded": {},

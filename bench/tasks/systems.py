@@ -127,7 +127,7 @@ def build_world(name: str, plan: Plan, *, data: Path, base: Path, start: Path, n
         torch.set_num_threads(num_threads)
     vocabulary = load_vocabulary(base)
     newline = tuple(vocabulary.encode("\n"))
-    loaded = load_causal_lm(base, dtype=torch.float32, device="cpu")
+    loaded = load_causal_lm(base, dtype=getattr(torch, plan.base_dtype), device="cpu")
     everything = Models(base, start, vocabulary, ())
     small = load_causal_lm(start, dtype=torch.float32, device="cpu")
     policy = TailoredPolicy(loaded, small, alpha=1.0, num_known=vocabulary.num_tokens)
