@@ -31,6 +31,9 @@ class ModelsConfig(ConfigSection):
     """Directory that the adapter LM starts from: a plain causal LM or an adapter version, which is then trained on."""
     alpha: Alpha = 1.0
     """Weight of the adapter's log-probabilities, in training, when drawing and as the version's default. Not 0."""
+    start_scale: float = Field(default=1.0, gt=0, le=1)
+    """What the logits of a plain adapter LM are multiplied by before training. An untrained adapter LM at alpha 1
+    already bends the base towards what both find likely; with a small factor the policy begins close to the base."""
     device: str = "cpu"
     """Torch device of both models."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,4 +53,6 @@ class ModelsConfig(ConfigSection):
     def _steers(self) -> Self:
         if self.alpha == 0.0:
             raise ValueError("alpha 0 leaves the base untouched, so there is nothing to train")
+        if self.lora is not None and self.start_scale != 1.0:
+            raise ValueError("start_scale changes the LM under a LoRA, which is published as it was")
         return self

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,6 +140,24 @@ class TailoredPolicy:
     def _autocast(self) -> torch.autocast:
         is_lower = self._compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self._compute_dtype if is_lower else None, enabled=is_lower)
+
+
+class BuildPolicy(Protocol):
+    """Puts base and adapter together: `TailoredPolicy`, or another policy that trains the same way."""
+
+    def __call__(
+        self,
+        base: Any,
+        adapter: Any,
+        *,
+        alpha: float,
+        num_known: int,
+        reader: LogitsReader | None = None,
+        base_reader: LogitsReader | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> TailoredPolicy:
+        """See `TailoredPolicy`."""
+        ...
 
 
 @contextlib.contextmanager

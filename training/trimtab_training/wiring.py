@@ -38,7 +38,7 @@ from trimtab_training.models import (
 from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
-from trimtab_training.policy import TailoredPolicy
+from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.processes import Processes
 from trimtab_training.publish import INTERMEDIATE, VersionInfo, temporary_version
 from trimtab_training.rewards import GatewayScorer, LocalScorer, RatedOnly, Scorer
@@ -70,7 +70,12 @@ def find_checkpoint(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
 
 
 def build_learner(
-    config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None, *, processes: Processes | None = None
+    config: TrainConfig,
+    vocabulary: Vocabulary,
+    checkpoint: Checkpoint | None,
+    *,
+    processes: Processes | None = None,
+    build_policy: BuildPolicy = TailoredPolicy,
 ) -> tuple[Learner, AdapterStart]:
     """Load both models and put them together with the objective and the optimiser; also what the adapter began as.
 
@@ -89,6 +94,7 @@ def build_learner(
             device=models.device,
             control_token_ids=config.objective.control_token_ids if isinstance(config.objective, QuarkConfig) else None,
             can_grow=models.lora is None,
+            start_scale=models.start_scale,
         )
         if models.lora is not None:
             start = replace(start, model=with_lora(start.model, models.lora, seed=config.seed))
@@ -102,7 +108,7 @@ def build_learner(
     base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
     learner = Learner(
-        build_policy(models, base, start.model, num_known=num_known),
+        policy_of(models, base, start.model, num_known=num_known, build_policy=build_policy),
         build_objective(config.objective, start, seed=config.seed),
         optimiser=config.optimiser,
         num_steps=config.steps,
@@ -113,13 +119,15 @@ def build_learner(
     return learner, start
 
 
-def build_policy(models: ModelsConfig, base: Any, adapter: Any, *, num_known: int) -> TailoredPolicy:
+def policy_of(
+    models: ModelsConfig, base: Any, adapter: Any, *, num_known: int, build_policy: BuildPolicy = TailoredPolicy
+) -> TailoredPolicy:
     """Both models as the configuration wants them computed with."""
     reader: LogitsReader = PaddedReader() if models.pack_tokens is None else PackedReader(models.pack_tokens)
     base_reader = BaseLogitsCache(reader, int(models.base_cache_gib * 2**30)) if models.base_cache_gib else reader
     if models.gradient_checkpointing:
         adapter.gradient_checkpointing_enable()
-    return TailoredPolicy(
+    return build_policy(
         base,
         adapter,
         alpha=models.alpha,

@@ -3,12 +3,14 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from trimtab_adapters.contract.errors import WeightsError
 from trimtab_training.config import OptimiserConfig
 from trimtab_training.learner import Learner, learning_rate
 from trimtab_training.models import Vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
+from trimtab_training.policy import TailoredPolicy
 from trimtab_training.wiring import build_learner
 
 ITEM = ScoredRollout((1, 2), (3, 4, 5), 1.0, group=0)
@@ -55,6 +57,31 @@ def test_only_the_adapter_is_trained(make_config: Any, vocabulary: Vocabulary) -
     assert all(bool((tensor == base[name]).all()) for name, tensor in trained.policy.base.state_dict().items())
     assert any(bool((tensor != adapter[name]).any()) for name, tensor in trained.policy.adapter.state_dict().items())
     assert not any(parameter.requires_grad for parameter in trained.policy.base.parameters())
+
+
+def test_a_scaled_start_begins_close_to_the_base(make_config: Any, vocabulary: Vocabulary) -> None:
+    row = ([ITEM.prompt_token_ids], [ITEM.output_token_ids], [()])
+    kl = {}
+    for scale in (1.0, 0.01):
+        built, _ = build_learner(make_config(models={"start_scale": scale}), vocabulary, None)
+        kl[scale] = float(built.policy.forward(*row).kl().max())
+    # For a small change of the logits KL is half their variance, so a hundredth of it costs 1e-4 of the KL; the full
+    # change is not small, which is why there is a factor of 10 to spare.
+    assert kl[1.0] > 0.05
+    assert kl[0.01] < 1e-3 * kl[1.0]
+
+
+def test_another_policy_may_put_base_and_adapter_together(make_config: Any, vocabulary: Vocabulary) -> None:
+    class AdapterAlone(TailoredPolicy):
+        @override
+        def steer(self, base_logits: Any, adapter_logits: Any) -> Any:
+            return adapter_logits[..., : self.num_known].float()
+
+    built, _ = build_learner(make_config(), vocabulary, None, build_policy=AdapterAlone)
+    output = built.policy.forward([(1, 2)], [(3,)], [()])
+    with torch.no_grad():
+        own = built.policy.adapter(input_ids=torch.tensor([[1, 2]])).logits[0, -1, : built.policy.num_known]
+    assert torch.allclose(output.steered_logits[0, 0], own, atol=1e-5)
 
 
 def test_each_quantile_is_trained_under_its_own_control_token(make_config: Any, vocabulary: Vocabulary) -> None:

@@ -25,6 +25,7 @@ from trimtab_training.logged_round import load_round, save_round
 from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.orders import AddRollouts, Begin, End, TakeStep
+from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.processes import Processes, SingleProcess
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
 from trimtab_training.publish import VERSIONS, VersionInfo, register_version, sweep, write_version
@@ -91,6 +92,7 @@ def train(
     wait_for_directory: bool = False,
     processes: Processes | None = None,
     show_progress: bool | None = None,
+    build_policy: BuildPolicy = TailoredPolicy,
 ) -> TrainResult:
     """Run the whole recipe.
 
@@ -107,6 +109,7 @@ def train(
         processes: Those that take each step together, of which this must be the first; `orders.follow` is what the
             others do.
         show_progress: Whether a progress bar is drawn; None draws it on a terminal only.
+        build_policy: Puts base and adapter together; what is served is always a `TailoredPolicy`.
 
     Raises:
         TrimtabError: Bad input, a limit, or the gateway, a reward or the disk failed; the checkpoints stay.
@@ -122,7 +125,9 @@ def train(
         torch.random.fork_rng(devices=_cuda_devices(config.models.device)),
     ):
         torch.manual_seed(config.seed)
-        run = _Run(config, gateway, scorer, interruption, report, resume, watch, processes or SingleProcess())
+        run = _Run(
+            config, gateway, scorer, interruption, report, resume, watch, processes or SingleProcess(), build_policy
+        )
         with Tracker(
             config.output_dir,
             num_steps=config.steps,
@@ -150,6 +155,7 @@ class _Run:
         resume: bool,
         watch: LimitWatch,
         processes: Processes,
+        build_policy: BuildPolicy,
     ) -> None:
         self.config = config
         self.gateway = gateway
@@ -162,7 +168,9 @@ class _Run:
         processes.from_first(Begin(checkpoint))
         self.is_new = checkpoint is None
         self.vocabulary = load_vocabulary(config.models.base_model)
-        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint, processes=processes)
+        self.learner, self.start = build_learner(
+            config, self.vocabulary, checkpoint, processes=processes, build_policy=build_policy
+        )
         self.next_round = checkpoint.run.next_round if checkpoint else 0
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None

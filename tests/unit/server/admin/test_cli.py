@@ -333,6 +333,7 @@ def test_serve_takes_a_base_behind_an_api(monkeypatch: pytest.MonkeyPatch) -> No
     assert (settings.black_box_url, settings.black_box_model) == ("https://host/v1", "big")
     assert (settings.black_box_tokenizer, settings.black_box_api) == ("/tokenizer", "vllm")
     assert (settings.black_box_logprobs, settings.black_box_unseen, settings.black_box_context) == (5, "residual", 1024)
+    assert settings.black_box_api_key is not None
     assert settings.black_box_api_key.get_secret_value() == "sk-1"
 
 
