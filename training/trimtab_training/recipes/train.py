@@ -31,6 +31,7 @@ from trimtab_training.tracking import Tracker
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
 from trimtab_training.wiring import (
     build_learner,
+    build_round_source,
     build_scorer,
     build_source,
     checkpoints_of,
@@ -140,6 +141,7 @@ class _Run:
             interruption=interruption,
             describe=lambda: self._version_info(intermediate_name(config.publish.name), {}),
         )
+        self.round_source = build_round_source(self.source, self.learner)
         self.train_prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
         self.transform_config = served_transform(config, gateway)
@@ -228,11 +230,11 @@ class _Run:
             tracker.say("drawing rollouts")
             order = np.random.default_rng([self.config.seed, 1, number]).permutation(len(self.train_prompts))
             chosen = [self.train_prompts[int(i)] for i in order[: config.prompts_per_round or len(order)]]
-            drawn = self.source.draw(
+            drawn = self.round_source.draw(
                 chosen,
                 num_per_prompt=config.num_per_prompt,
                 seed=self._draw_seed(number),
-                steered=objective.is_on_policy or number > 0,
+                steered=objective.is_on_policy or (number > 0 and not objective.learns_from_base),
             )
             samples = [sample for group in drawn for sample in group]
             rewards = self.scorer.score([sample.reward_input for sample in samples]).rewards
