@@ -69,7 +69,8 @@ def test_its_weights_come_back_bit_for_bit_and_others_are_refused(adapter: Any) 
         load_weights(fresh, {**tensors, "value.head.bias": torch.zeros(2)}, "value.")
 
 
-def test_of_a_lora_the_copys_own_matrices_are_trained(adapter: Any) -> None:
+def test_of_a_lora_the_copys_own_matrices_are_trained(model_dirs: dict[str, Path]) -> None:
+    adapter = AutoModelForCausalLM.from_pretrained(model_dirs["adapter"], dtype=torch.float32)
     lora = with_lora(adapter, LoraConfig(r=2, dropout=0.5), seed=0)
     model = with_random_head(lora)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
