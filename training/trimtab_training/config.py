@@ -18,7 +18,14 @@ from trimtab_training.evaluation_config import EvaluationConfig
 from trimtab_training.gate_config import GateConfig
 from trimtab_training.logged_config import LoggedConfig
 from trimtab_training.models_config import ModelsConfig
-from trimtab_training.objective_config import BonbonConfig, ObjectiveConfig, QuarkConfig, RlooConfig, VbonConfig
+from trimtab_training.objective_config import (
+    BonbonConfig,
+    NlpoConfig,
+    ObjectiveConfig,
+    QuarkConfig,
+    RlooConfig,
+    VbonConfig,
+)
 from trimtab_training.report_config import ReportConfig
 from trimtab_training.transform_config import TransformConfig
 
@@ -294,6 +301,21 @@ class TrainConfig(ConfigSection):
             raise ValueError(
                 f"objective.kind = {objective.kind!r} compares outputs for the same prompt: set fresh.num_per_prompt "
                 "to 2 or more"
+            )
+        if isinstance(objective, BonbonConfig) and self.fresh.num_per_prompt != objective.n:
+            raise ValueError(
+                f"objective.kind = 'bonbon' learns from n outputs for each prompt: set fresh.num_per_prompt to "
+                f"{objective.n}"
+            )
+        if isinstance(objective, NlpoConfig) and self.fresh.source != "local":
+            raise ValueError(
+                "objective.kind = 'nlpo' draws under a mask, which an engine cannot: set fresh.source = \"local\""
+            )
+        if isinstance(objective, BonbonConfig | NlpoConfig) and self.logged.enabled:
+            drawn = "from the base" if isinstance(objective, BonbonConfig) else "under its mask"
+            raise ValueError(
+                f"objective.kind = {objective.kind!r} learns only from what it draws {drawn}: set logged.enabled = "
+                "false"
             )
         return self
 

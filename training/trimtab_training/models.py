@@ -241,6 +241,15 @@ def add_control_tokens(model: Any, num: int, *, num_known: int, seed: int) -> tu
     return tuple(range(first, first + num))
 
 
+def turn_off_dropout(model: Any) -> None:
+    """Make a model compute the same in training as in evaluation; its configuration stays as it is."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama's kind has a number and no module
+            module.attention_dropout = 0.0
+
+
 def num_output_columns(model: Any) -> int:
     """Width of a causal LM's logits."""
     return int(model.get_output_embeddings().weight.shape[0])

@@ -17,7 +17,7 @@ class LoraConfig(ConfigSection):
     lora_alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by lora_alpha / r. Not the alpha of a steering."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in front of the update, in training."""
+    """Dropout in front of the update, in training; of the objectives only Quark trains with any."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers with an update, by the ends of their names."""
 

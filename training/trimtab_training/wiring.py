@@ -109,7 +109,12 @@ def build_learner(
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
     learner = Learner(
         policy_of(models, base, start.model, num_known=num_known, build_policy=build_policy),
-        build_objective(config.objective, start, seed=config.seed),
+        build_objective(
+            config.objective,
+            start,
+            end_token_ids=end_token_ids(base) | frozenset(config.sampling.stop_token_ids),
+            seed=config.seed,
+        ),
         optimiser=config.optimiser,
         num_steps=config.steps,
         processes=processes,
@@ -195,6 +200,22 @@ def build_source(
         current_version=current_version,
         with_logprobs=learner.objective.is_on_policy,
     )
+
+
+def build_round_source(source: RolloutSource, learner: Learner) -> RolloutSource:
+    """Where the rounds that are learned from are drawn: `source`, under the mask of an objective that has one.
+
+    The evaluation draws from `source` itself, because what is served has no mask.
+
+    Raises:
+        InvalidRequestError: The objective has a mask, and an engine draws.
+    """
+    mask = learner.objective.token_mask
+    if mask is None:
+        return source
+    if not isinstance(source, LocalSource):
+        raise InvalidRequestError('an engine cannot draw under a mask of the objective; set fresh.source = "local"')
+    return source.under(mask)
 
 
 def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> TransformConfig:

@@ -8,7 +8,14 @@ from pydantic import BaseModel
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_training.config import GatewayConfig, PromptFile, TrainConfig, load_config, parse_config
 from trimtab_training.logged_config import LoggedConfig
-from trimtab_training.objective_config import QuarkConfig
+from trimtab_training.objective_config import (
+    BonbonConfig,
+    NlpoConfig,
+    PpoConfig,
+    QuarkConfig,
+    RlooConfig,
+    VbonConfig,
+)
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "out",
@@ -105,6 +112,15 @@ def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
         ({"logged": {"min_rating": 2}}, "logged.min_rating"),
         ({"objective": {"kind": "rloo"}, "fresh": {"num_per_prompt": 2}, "logged": {"min_rating": 0}}, "min_rating"),
         ({"objective": {"kind": "rloo"}, "fresh": {"num_per_prompt": 2}, "logged": {"reward": "r"}}, "chosen by what"),
+        ({"objective": {"kind": "ppo"}, "sampling": {"temperature": 0.5}}, "temperature = 1"),
+        ({"objective": {"kind": "ppo", "kl_coef": 0.0, "kl_target": 0.1}}, "kl_target"),
+        ({"objective": {"kind": "nlpo"}}, "an engine cannot"),
+        ({"objective": {"kind": "nlpo"}, "fresh": {"source": "local"}}, "under its mask: set logged.enabled = false"),
+        ({"objective": {"kind": "bonbon"}}, "fresh.num_per_prompt to 8"),
+        (
+            {"objective": {"kind": "bonbon", "n": 4}, "fresh": {"num_per_prompt": 4}},
+            "from the base: set logged.enabled",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_and_named(change: dict[str, Any], named: str) -> None:
@@ -169,11 +185,12 @@ def test_a_missing_or_malformed_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_field_has_a_sentence() -> None:
-    waiting: list[type[BaseModel]] = [TrainConfig, GatewayConfig, PromptFile]
+    objectives: list[type[BaseModel]] = [QuarkConfig, RlooConfig, VbonConfig, PpoConfig, NlpoConfig, BonbonConfig]
+    waiting: list[type[BaseModel]] = [TrainConfig, GatewayConfig, PromptFile, *objectives]
     while waiting:
         section = waiting.pop()
         for name, field in section.model_fields.items():
-            assert name == "type" or (field.description or "").endswith("."), f"{section.__name__}.{name}"
+            assert name in ("type", "kind") or (field.description or "").endswith("."), f"{section.__name__}.{name}"
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 waiting.append(field.annotation)
 

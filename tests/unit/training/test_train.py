@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,37 @@ def weights(path: Path) -> bytes:
     return (path / "model.safetensors").read_bytes()
 
 
-def test_training_raises_the_share_of_a_token(
-    make_config: Any, toy_dirs: dict[str, Path], lucky_scorer: Scorer, tmp_path: Path
-) -> None:
-    """The reward is the share of token 7 of 16 in an output: about 0.04 from the base.
-
-    Tested: on held-out prompts the 95 % bootstrap interval of the difference to the base lies above 0.02. Over seeds 0
-    to 19 its lower end was between 0.058 and 0.299, and without learning (learning rate 1e-9) between -0.058 and
-    -0.007: odds of a false alarm or a false pass are below 1 in 20 for a random seed, and the seed is fixed.
-    """
+@pytest.fixture
+def make_toy(make_config: Any, toy_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Any]:
+    """A run over 16 tokens and 40 prompts, 10 of them held out. The reward is the share of token 7 in an output: about
+    0.04 from the base."""
     prompts = tmp_path / "toy.jsonl"
     texts = [f"t{1 + i % 15} t{1 + 7 * i % 15} t{1 + i // 5}" for i in range(40)]
     prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
-    config = make_config(
-        models={name: str(path) for name, path in toy_dirs.items()},
-        prompts={"type": "file", "path": str(prompts)},
-        fresh={"interval": 20, "num_per_prompt": 16},
-        sampling={"max_tokens": 8},
+
+    def make(*, fresh: dict[str, Any], optimiser: dict[str, Any], **changes: Any) -> Any:
+        return make_config(
+            models={name: str(path) for name, path in toy_dirs.items()},
+            prompts={"type": "file", "path": str(prompts)},
+            fresh={"interval": 20, **fresh},
+            sampling={"max_tokens": 8},
+            optimiser={"lr": 2e-2, "decay": "none", **optimiser},
+            evaluation={"share": 0.25, "num_per_prompt": 16},
+            **changes,
+        )
+
+    return make
+
+
+def test_training_raises_the_share_of_a_token(make_toy: Any, lucky_scorer: Scorer) -> None:
+    """Tested: on held-out prompts the 95 % bootstrap interval of the difference to the base lies above 0.02. Over seeds
+    0 to 19 its lower end was between 0.058 and 0.299, and without learning (learning rate 1e-9) between -0.058 and
+    -0.007: odds of a false alarm or a false pass are below 1 in 20 for a random seed, and the seed is fixed.
+    """
+    config = make_toy(
+        fresh={"num_per_prompt": 16},
         objective={"kl_coef": 0.0, "entropy_coef": 0.0},
-        optimiser={"batch_size": 64, "lr": 2e-2, "decay": "none"},
-        evaluation={"share": 0.25, "num_per_prompt": 16},
+        optimiser={"batch_size": 64},
         steps=80,
     )
     result = train(config, scorer=lucky_scorer)
@@ -71,19 +83,102 @@ def test_training_raises_the_share_of_a_token(
 @pytest.mark.parametrize(
     "changes",
     [
+        pytest.param(
+            {"fresh": {"num_per_prompt": 4}, "objective": {"kind": "rloo", "kl_coef": 0.0}, "steps": 8}, id="rloo"
+        ),
+        pytest.param(
+            {
+                "fresh": {"num_per_prompt": 4},
+                "objective": {"kind": "ppo", "kl_coef": 0.0, "epochs": 4},
+                "steps": 32,
+            },
+            id="ppo",
+        ),
+        pytest.param(
+            {
+                "fresh": {"num_per_prompt": 4},
+                "objective": {
+                    "kind": "nlpo",
+                    "kl_coef": 0.0,
+                    "epochs": 4,
+                    "mask_min_tokens": 4,
+                    "mask_interval": 2,
+                },
+                "steps": 32,
+            },
+            id="nlpo",
+        ),
+        pytest.param(
+            {
+                "fresh": {"num_per_prompt": 8, "interval": 10},
+                "objective": {"kind": "bonbon", "n": 8},
+                "optimiser": {"batch_size": 24},
+                "steps": 20,
+            },
+            id="bonbon",
+        ),
+    ],
+)
+def test_every_objective_raises_the_share_of_a_token(
+    make_toy: Any, lucky_scorer: Scorer, changes: dict[str, Any]
+) -> None:
+    """As above, each from 384 rollouts. ODDS"""
+    fresh = {"prompts_per_round": 24, **changes["fresh"]}
+    config = make_toy(**{"optimiser": {"batch_size": 48}, **changes, "fresh": fresh})
+    result = train(config, scorer=lucky_scorer)
+    assert result.evaluation["reward_difference_interval"][0] > 0.02
+    rounds = [line for line in metrics(config) if "rollouts/mean_reward" in line]
+    assert len(rounds) * 24 * config.fresh.num_per_prompt == 384
+
+
+def test_bonbon_draws_every_round_from_the_base(make_config: Any, gateway: Any) -> None:
+    config = gateway_config(
+        make_config,
+        objective={"kind": "bonbon", "n": 3},
+        fresh={"num_per_prompt": 3, "interval": 4, "source": "gateway", "model": "tiny", "prompts_per_round": 4},
+        logged={"enabled": False},
+    )
+    with gateway.client() as client:
+        train(config, gateway=client)
+    in_training = gateway.bodies("/v1/completions")[:12]  # the rounds of steps 0, 4 and 8
+    assert [body["steering"]["adapters"] for body in in_training] == [[]] * 12
+    assert [body["n"] for body in in_training] == [3] * 12
+    assert len({body["seed"] for body in in_training}) == 12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         {},
         {
             "objective": {"kind": "rloo"},
             "fresh": {"num_per_prompt": 2},
             "reward": {"transform": {"kind": "one_step", "n": 4, "num_reference": 3}},
         },
+        {
+            "objective": {"kind": "ppo", "epochs": 2, "kl_target": 0.1},
+            "fresh": {"num_per_prompt": 2, "prompts_per_round": 8},
+        },
+        {
+            "objective": {"kind": "nlpo", "epochs": 2, "mask_min_tokens": 3, "mask_interval": 1},
+            "fresh": {"num_per_prompt": 2, "prompts_per_round": 8},
+            "optimiser": {"lr": 1e-2},
+        },
+        {
+            "objective": {"kind": "nlpo", "epochs": 1, "mask_min_tokens": 3, "mask_interval": 1},
+            "fresh": {"num_per_prompt": 2, "prompts_per_round": 8},
+            "models": {"lora": {"r": 2}, "gradient_checkpointing": True},
+            "optimiser": {"lr": 1e-2},
+        },
+        {"objective": {"kind": "bonbon", "n": 4}, "fresh": {"num_per_prompt": 4}},
     ],
-    ids=["quark", "rloo-ctrl"],
+    ids=["quark", "rloo-ctrl", "ppo", "nlpo", "nlpo-lora", "bonbon"],
 )
 def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
     make_config: Any, lucky_scorer: Scorer, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Stopped after 7 of 10 steps, between the rounds of steps 5 and 10; and again right after that."""
+    """Stopped after 7 of 10 steps, between the rounds of steps 5 and 10 or, with 4 steps a round, in the middle of the
+    second one; and again right after that."""
     straight = make_config(output_dir=str(tmp_path / "straight"), **changes)
     expected = train(straight, scorer=lucky_scorer)
     config = make_config(**changes)

@@ -40,6 +40,7 @@ from trimtab_training.transforms import RewardTransform, build_ctrl_transform
 from trimtab_training.verdict import judge_run
 from trimtab_training.wiring import (
     build_learner,
+    build_round_source,
     build_scorer,
     build_second_scorer,
     build_source,
@@ -185,6 +186,7 @@ class _Run:
             interruption=interruption,
             describe=lambda: self._version_info(intermediate_name(config.publish.name), {}),
         )
+        self.round_source = build_round_source(self.source, self.learner)
         sweep(config.output_dir, gateway)
         self.train_prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
@@ -275,11 +277,11 @@ class _Run:
             self._enter("drawing rollouts", tracker)
             order = np.random.default_rng([self.config.seed, 1, number]).permutation(len(self.train_prompts))
             chosen = [self.train_prompts[int(i)] for i in order[: config.prompts_per_round or len(order)]]
-            drawn = self.source.draw(
+            drawn = self.round_source.draw(
                 chosen,
                 num_per_prompt=config.num_per_prompt,
                 seed=self._draw_seed(number),
-                steered=objective.is_on_policy or number > 0,
+                steered=objective.is_on_policy or (number > 0 and not objective.learns_from_base),
             )
             samples = [sample for group in drawn for sample in group]
             rewards = self.scorer.score([sample.reward_input for sample in samples]).rewards
