@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from trimtab_training.orders import AddRollouts, Begin, End, TakeStep
 from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.processes import Processes, SingleProcess
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
-from trimtab_training.publish import VERSIONS, VersionInfo, register_version, sweep, write_version
+from trimtab_training.publish import VERSIONS, VersionInfo, first_time, register_version, sweep, write_version
 from trimtab_training.recipes.evaluate import Evaluation, evaluate
 from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
 from trimtab_training.report.writing import write_run_report
@@ -197,6 +197,10 @@ class _Run:
     @property
     def _round_path(self) -> Path:
         return self.config.output_dir / "logged_round.npz"
+
+    @property
+    def _end_path(self) -> Path:
+        return self.config.output_dir / "ended_at"
 
     def execute(self, tracker: Tracker) -> TrainResult:
         """The recipe, top to bottom."""
@@ -422,7 +426,7 @@ class _Run:
             self.config.output_dir / VERSIONS,
             self.learner.policy.adapter,
             self.vocabulary,
-            self._version_info(config.name, evaluation),
+            replace(self._version_info(config.name, evaluation), created_at=first_time(self._end_path)),
         )
         write_run_report(
             self.config, found, verdict, version=directory.version, num_steps=self.learner.step, reward=self._reward
