@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -16,5 +17,6 @@ def describe_machine() -> dict[str, Any]:
     """What a reader must know beside the figures."""
     import torch
 
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")  # noqa: SIM115
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from trimtab_adapters.contract.engine_api import EngineStatus, LoadedVersion, VersionActivity
+from trimtab_adapters.contract.engine_api import EngineStatus, LoadedVersion, ProviderStatus, VersionActivity
 from trimtab_adapters.contract.params import AdapterWeight
 from trimtab_adapters.contract.records import SteeringRecord
 
@@ -71,6 +71,18 @@ class OutcomeMetrics:
             self.flipped.labels(*labels).inc(sum(record.flipped[i] for i in ran))
 
 
+_PROVIDER = {
+    "calls": "Calls to the API of the black-box base that were answered.",
+    "retries": "Further attempts at calls.",
+    "failed_calls": "Calls without a useful answer in all attempts.",
+    "prompt_tokens": "Prompt tokens that it billed.",
+    "completion_tokens": "Generated tokens that it billed.",
+    "cached_tokens": "Of its prompt tokens, those from its cache.",
+    "unmapped_tokens": "Tokens that it showed and that the gateway's tokenizer does not know.",
+    "resplit_calls": "Calls whose prompt it split into another number of tokens than the gateway.",
+}
+
+
 @dataclass(slots=True)
 class _Total:
     """Sums of one version since the engine started: of the loads that ended, and of the current one."""
@@ -121,6 +133,8 @@ class EngineCollector(Collector):
         yield _gauge("adapter_weight_bytes", "Weights of its own.", status, lambda v: v.weight_bytes)
         yield _gauge("adapter_cache_bytes", "Blocks of the KV cache with its values.", status, lambda v: v.cache_bytes)
         yield _gauge("adapter_active_rows", "Rows that it steers now.", status, lambda v: v.active_rows)
+        if status.provider is not None:
+            yield from _provider(status.provider)
 
     def describe(self) -> list[Metric]:
         """Nothing that would need the engine's status when the collector is registered."""
@@ -131,6 +145,14 @@ class EngineCollector(Collector):
             self._boot_id, self._totals = status.boot_id, {}
         for version in status.versions:
             self._totals.setdefault(version.version, _Total(version.name)).see(version.activity)
+
+
+def _provider(provider: ProviderStatus) -> Iterator[Metric]:
+    """What the API of a black-box base was asked and billed."""
+    for field_name, text in _PROVIDER.items():
+        yield CounterMetricFamily(f"trimtab:black_box_{field_name}", text, getattr(provider, field_name))
+    is_open = float(provider.breaker != "closed")
+    yield GaugeMetricFamily("trimtab:black_box_breaker_open", "1 while it is not asked because it was away.", is_open)
 
 
 def _gauge(name: str, text: str, status: EngineStatus, value: Callable[[LoadedVersion], float]) -> Metric:

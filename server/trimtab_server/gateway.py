@@ -14,7 +14,7 @@ from trimtab_server.decoding.scoring import Scoring
 from trimtab_server.decoding.token_texts import TokenTexts
 from trimtab_server.engine.base import Engine
 from trimtab_server.engine.residency import Residency
-from trimtab_server.metrics import Metrics
+from trimtab_server.metrics import Metrics, RequestObserver
 from trimtab_server.settings import Settings
 from trimtab_server.storage.base import Catalog, RolloutLog
 
@@ -31,6 +31,7 @@ class GatewayParts:
         rollout_log: Where rollouts go.
         scoring: Scores candidates.
         caps: Knows beyond how many candidates a reward was found to mislead; None where nothing is known.
+        canaries: Told what comes of requests; None where nobody watches.
         metrics: This application's own.
         routers: More routes, such as the admin API.
         background: Run from start to stop, such as the engine's supervisor and `residency.keep_converged`.
@@ -47,6 +48,7 @@ class GatewayParts:
     rollout_log: RolloutLog
     scoring: Scoring
     caps: CapWarnings | None = None
+    canaries: RequestObserver | None = None
     metrics: Metrics = field(default_factory=Metrics)
     routers: Sequence[APIRouter] = ()
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,6 +15,7 @@ from trimtab_server.decoding.usage import total_usage
 from trimtab_server.errors import error_answer
 from trimtab_server.reward_metrics import RewardMetrics
 from trimtab_server.sse import ClientDisconnectedError
+from trimtab_server.storage.base import ResolvedModel
 
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -74,11 +76,31 @@ class Metrics:
         self.errors.labels(endpoint, str(answer.status), answer.error["code"] or answer.error["type"]).inc()
 
 
-class RequestTimer:
-    """Follows one admitted request. `end` must be called exactly once."""
+class RequestObserver(Protocol):
+    """Whoever wants to know what comes of requests, such as the watcher of canaries."""
 
-    def __init__(self, metrics: Metrics, job: GenerationJob) -> None:
+    def answered(self, result: JobResult) -> None:
+        """A request was answered."""
+        ...
+
+    def failed(self, resolved: ResolvedModel, error: BaseException) -> None:
+        """A request failed, or its client went away."""
+        ...
+
+
+class RequestTimer:
+    """Follows one admitted request. `end` must be called exactly once.
+
+    Args:
+        metrics: Where it is counted.
+        job: The request.
+        observer: Told what came of it as well.
+    """
+
+    def __init__(self, metrics: Metrics, job: GenerationJob, observer: RequestObserver | None = None) -> None:
         self._metrics = metrics
+        self._resolved = job.resolved
+        self._observer = observer
         self._model = job.resolved.model
         self._endpoint = job.endpoint
         self._started = time.perf_counter()
@@ -98,6 +120,8 @@ class RequestTimer:
 
     def result(self, result: JobResult, *, is_logged: bool) -> None:
         """The answer is complete."""
+        if self._observer is not None:
+            self._observer.answered(result)
         metrics, model, usage = self._metrics, self._model, total_usage(result.prompts)
         metrics.prompt_tokens.labels(model).inc(usage["prompt_tokens"])
         metrics.generation_tokens.labels(model).inc(usage["completion_tokens"])
@@ -124,3 +148,5 @@ class RequestTimer:
         self._metrics.whole.labels(self._model).observe(time.perf_counter() - self._started)
         if error is not None:
             self._metrics.fail(self._endpoint, error)
+            if self._observer is not None:
+                self._observer.failed(self._resolved, error)

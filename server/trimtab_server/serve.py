@@ -22,9 +22,13 @@ from trimtab_server.api.admin.router import AdminParts, build_admin_router
 from trimtab_server.api.feedback import build_feedback_router
 from trimtab_server.app import create_app
 from trimtab_server.calibration.fitting import CalibratorFitting
+from trimtab_server.canary.watcher import CanaryWatcher
 from trimtab_server.decoding.pooled import PooledCalibrators
 from trimtab_server.decoding.reference import ReferenceCalibrators
 from trimtab_server.decoding.scoring import CalibratedScoring
+from trimtab_server.engine.base import Engine
+from trimtab_server.engine.black_box import BlackBoxEngine, BlackBoxOptions
+from trimtab_server.engine.black_box_provider import Provider, ProviderLimits, build_provider_client
 from trimtab_server.engine.residency import Residency
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
@@ -35,6 +39,7 @@ from trimtab_server.rewards.registry import RewardRegistry
 from trimtab_server.schedules.scheduler import Scheduler
 from trimtab_server.settings import Settings
 from trimtab_server.storage.calibrators import SqlCalibratorStore, SqlPooledCalibratorStore
+from trimtab_server.storage.canaries import SqlCanaries
 from trimtab_server.storage.catalog import SqlCatalog
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.feedback import SqlFeedback
@@ -69,8 +74,11 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> int:
-    if settings.model is None and not settings.engine_urls:
-        raise InvalidRequestError("there is nothing to serve: name a base model (--model) or an engine (--engine-url)")
+    if settings.model is None and not settings.engine_urls and settings.black_box_url is None:
+        raise InvalidRequestError(
+            "there is nothing to serve: name a base model (--model), an engine (--engine-url) or the API of a base "
+            "(--black-box-url)"
+        )
     if len(settings.engine_urls) > 1:
         raise InvalidRequestError("one gateway serves one engine; start a gateway for each engine")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -112,11 +120,8 @@ async def build_parts(settings: Settings) -> GatewayParts:
     residency = Residency(engine, catalog, wait_s=settings.adapter_wait_s)
     metrics = Metrics()
     rewards = RewardRegistry(SqlRewardSpecs(database), environment=os.environ, observer=metrics.rewards)
-    stored_scores, samples, pooled = (
-        SqlCalibratorStore(database),
-        SqlSampleLog(database),
-        SqlPooledCalibratorStore(database),
-    )
+    stored_scores, samples = SqlCalibratorStore(database), SqlSampleLog(database)
+    pooled = SqlPooledCalibratorStore(database)
     calibrators = ReferenceCalibrators(stored_scores, samples, default_size=settings.calibration_size)
 
     def base_identity() -> str | None:
@@ -126,6 +131,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
 
     reader = SqlRolloutReader(database)
     selection_caps = SelectionCaps(SqlSelectionCaps(database))
+    canaries = CanaryWatcher(SqlCanaries(catalog))
     schedules = TrainingSchedules(database)
 
     async def base_vocabulary() -> tuple[str, int] | None:
@@ -153,6 +159,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         residency_of=residency.describe,
         base_vocabulary=base_vocabulary,
         adapter_roots=settings.adapter_roots or None,
+        canary_outcomes=canaries.outcomes,
         calibrators=Calibrators(
             fitting=CalibratorFitting(engine, rewards, calibrators, samples, pooled, identified_log),
             scores=stored_scores,
@@ -167,16 +174,24 @@ async def build_parts(settings: Settings) -> GatewayParts:
         catalog=catalog,
         rollout_log=identified_log,
         caps=selection_caps,
+        canaries=canaries,
         scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
         routers=[build_admin_router(admin), build_feedback_router(SqlFeedback(database, rollout_log.flush))],
-        background=[*background, residency.keep_converged, Scheduler(schedules, SqlTraffic(database)).run],
+        background=[
+            *background,
+            residency.keep_converged,
+            canaries.run,
+            Scheduler(schedules, SqlTraffic(database)).run,
+        ],
         metrics=metrics,
         on_stop=[rewards.aclose, rollout_log.aclose, close_database],
     )
 
 
-def _build_engine(settings: Settings, background: list[Run]) -> VllmEngine:
-    """The engine at the given address, or a supervised child on a free loopback port."""
+def _build_engine(settings: Settings, background: list[Run]) -> Engine:
+    """The black box or the engine at the given address, or a supervised child on a free loopback port."""
+    if settings.black_box_url is not None:
+        return _build_black_box(settings, settings.black_box_url)
     if settings.engine_urls:
         (url,) = settings.engine_urls
         key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
@@ -203,6 +218,49 @@ def _build_engine(settings: Settings, background: list[Run]) -> VllmEngine:
     )
     background.append(supervisor.run)
     return engine
+
+
+def _build_black_box(settings: Settings, url: str) -> Engine:
+    """Adapter LMs in this process beside a base behind an API. Raises `TrimtabError`: there is no such tokenizer."""
+    try:
+        from trimtab_adapters.black_box.stepper import BaseModel, Stepper  # noqa: PLC0415 - loads torch
+        from trimtab_adapters.black_box.tokenizer import load_base_tokenizer  # noqa: PLC0415
+    except ModuleNotFoundError as exc:
+        raise InvalidRequestError(
+            f"a black-box base needs packages that are not installed here ({exc}): adapter LMs run in the gateway's "
+            "process, with torch and transformers"
+        ) from exc
+    tokenizer = load_base_tokenizer(settings.black_box_tokenizer or "")
+    fingerprint = vocabulary_fingerprint(tokenizer.vocabulary)
+    base = BaseModel(
+        vocab_size=tokenizer.num_tokens,
+        num_tokens=tokenizer.num_tokens,
+        vocabulary_sha256=fingerprint,
+        max_model_len=settings.black_box_context,
+    )
+    limits = ProviderLimits(
+        timeout_s=settings.black_box_timeout_s,
+        deadline_s=settings.black_box_deadline_s,
+        max_retries=settings.black_box_max_retries,
+        max_calls=settings.black_box_max_calls,
+    )
+    key = settings.black_box_api_key.get_secret_value() if settings.black_box_api_key else None
+    options = BlackBoxOptions(
+        api=settings.black_box_api,
+        prompt=settings.black_box_prompt,
+        num_top=settings.black_box_logprobs,
+        lookahead=settings.black_box_lookahead,
+        max_model_len=settings.black_box_context,
+        unseen=settings.black_box_unseen,
+    )
+    return BlackBoxEngine(
+        Provider(url, settings.black_box_model or "", build_provider_client(key), limits),
+        Stepper(base, unseen=options.unseen, kv_bytes=settings.black_box_adapter_kv_bytes),
+        tokenizer,
+        options,
+        vocabulary_sha256=fingerprint,
+        max_concurrent=settings.max_concurrent_candidates,
+    )
 
 
 def engine_command(settings: Settings, port: int) -> list[str]:
@@ -234,7 +292,8 @@ async def _register_given(settings: Settings, catalog: SqlCatalog) -> None:
 
 def _local_vocabulary(settings: Settings) -> tuple[str, int] | None:
     """Fingerprint and size of the base's tokenizer when the base is a directory here; else the engine checks it."""
-    directory = Path(settings.model).expanduser() if settings.model else None
+    source = settings.model or settings.black_box_tokenizer
+    directory = Path(source).expanduser() if source else None
     if directory is None or not (directory / "tokenizer.json").is_file():
         return None
     try:

@@ -4,9 +4,12 @@ import ipaddress
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from trimtab_adapters.contract.black_box import UnseenTokens
 
 RolloutMode = Literal["off", "async", "durable"]
 
@@ -72,6 +75,39 @@ class Settings(BaseSettings):
     """More arguments for the supervised engine, as on vLLM's command line."""
     engine_nice: int = Field(default=10, ge=0, le=19)
     """Priority of the supervised engine. Its busy loops would starve the gateway on a small machine at priority 0."""
+    black_box_url: str | None = None
+    """Base URL of an OpenAI-compatible completions API, with its version (`https://host/v1`), behind which the base
+    model is. It takes the place of an engine, and adapter LMs run in the gateway's process."""
+    black_box_model: str | None = None
+    """The base model's name there."""
+    black_box_api_key: SecretStr | None = None
+    """Key of that API. Set it in the environment; no command-line option takes it."""
+    black_box_tokenizer: str | None = None
+    """Hub id or directory of the base model's tokenizer, with its chat template for chat completions."""
+    black_box_api: Literal["openai", "vllm"] = "openai"
+    """What the API understands: OpenAI's legacy completions alone, or vLLM's fields and token ids as well."""
+    black_box_prompt: Literal["token_ids", "text"] = "token_ids"
+    """How prompts are sent. Text is for APIs that take no token ids; they may split it into other tokens."""
+    black_box_logprobs: int = Field(default=20, ge=1, le=10_000)
+    """k: most probable tokens asked for at each step; no more than the API allows."""
+    black_box_unseen: UnseenTokens = "exclude"
+    """Tokens that the API does not show: `exclude` them from what can be sampled, or spread the `residual` of the
+    probability evenly over them."""
+    black_box_context: int = Field(default=4096, ge=2)
+    """Most tokens of prompt and answer together. Adapter LMs must allow as many positions."""
+    black_box_lookahead: int = Field(default=1, ge=1, le=256)
+    """Tokens asked for in one call. With more than 1 the API goes on greedily, and calls are saved as long as the
+    steered answer has the same tokens; its log-probabilities must not depend on temperature then."""
+    black_box_timeout_s: float = Field(default=60.0, gt=0, le=3600)
+    """How long one attempt at a call may take."""
+    black_box_deadline_s: float = Field(default=180.0, gt=0, le=3600)
+    """How long one call may take in all attempts, waiting included."""
+    black_box_max_retries: int = Field(default=4, ge=0, le=20)
+    """Further attempts at a call after what may pass."""
+    black_box_max_calls: int = Field(default=32, ge=1, le=4096)
+    """Calls at the same time."""
+    black_box_adapter_kv_bytes: int = Field(default=1 << 30, gt=0)
+    """Budget of the adapter LMs' KV cache in the gateway's process."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("api_keys", "admin_keys", "engine_urls", "adapter_roots", mode="before")
@@ -124,6 +160,21 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _whole_black_box(self) -> Self:
+        if self.black_box_url is None:
+            return self
+        parsed = urlsplit(self.black_box_url)
+        if parsed.scheme not in ("http", "https") or not parsed.hostname:
+            raise ValueError("black_box_url must be an http:// or https:// address")
+        if parsed.username or parsed.password or parsed.query or parsed.fragment:
+            raise ValueError("black_box_url must hold no user, password or query; set TRIMTAB_BLACK_BOX_API_KEY")
+        if self.black_box_model is None or self.black_box_tokenizer is None:
+            raise ValueError("black_box_url needs black_box_model and black_box_tokenizer")
+        if self.engine_urls or self.engine_args or self.model is not None:
+            raise ValueError("black_box_url takes the place of an engine: leave model, engine_urls and engine_args out")
+        return self
+
     @property
     def is_loopback_bind(self) -> bool:
         """Whether only this machine can reach the gateway."""
@@ -132,7 +183,7 @@ class Settings(BaseSettings):
     @property
     def base_model(self) -> str:
         """Public name of the base model."""
-        return self.served_model_name or self.model or "base"
+        return self.served_model_name or self.model or self.black_box_model or "base"
 
     @property
     def database(self) -> str:

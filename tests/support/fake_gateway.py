@@ -18,13 +18,14 @@ from trimtab_adapters.contract.params import AdapterWeight, SteeringRequest
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rewards import RewardChoice
 from trimtab_server.app import GatewayParts, create_app
+from trimtab_server.canary.split import takes_canary
 from trimtab_server.decoding.candidates import ReferenceDraw
 from trimtab_server.decoding.scoring import CalibrationChoice, PromptScorer
 from trimtab_server.engine.base import Engine
 from trimtab_server.engine.fake import FakeEngine
 from trimtab_server.engine.residency import Residency
 from trimtab_server.settings import Settings
-from trimtab_server.storage.base import AdapterVersion, ResolvedModel, RouteRevision
+from trimtab_server.storage.base import AdapterVersion, CanaryArm, ResolvedModel, RouteRevision
 
 KIND = "a" * 16
 """Version of the adapter `kind`, which the route `kind` uses with alpha 1."""
@@ -55,15 +56,21 @@ class MemoryCatalog:
     def add_route(self, name: str, **kwargs: Any) -> None:
         self.revisions[name] = RouteRevision(name, 1, kwargs.pop("steering", ()), **kwargs)
 
-    async def resolve(self, model: str, steering: SteeringRequest | None) -> ResolvedModel:
+    async def resolve(
+        self, model: str, steering: SteeringRequest | None, request_id: str | None = None
+    ) -> ResolvedModel:
         revision = self.revisions.get(model, RouteRevision(model, 0, ()) if model == "base" else None)
         if revision is None:
             raise NotFoundError(f"The model '{model}' does not exist", param="model", code="model_not_found")
-        terms = revision.steering
+        terms, arm = revision.steering, None
         if steering is not None and steering.adapters is not None:
             terms = tuple(self._term(choice.name, choice.version, choice.alpha) for choice in steering.adapters)
+        elif (canary := revision.canary) is not None and request_id is not None:
+            is_canary = takes_canary(model, revision.revision, request_id, canary.percent)
+            arm = CanaryArm(revision.revision, canary.version, canary.percent, is_canary)
+            terms = canary.steering if is_canary else terms
         options = revision.options.overridden_by(steering)
-        return ResolvedModel(model, "base", terms, revision.best_of, revision.reward, options)
+        return ResolvedModel(model, "base", terms, revision.best_of, revision.reward, options, arm)
 
     def _term(self, name: str, version: str | None, alpha: float | None) -> AdapterWeight:
         adapter = self.adapters.get(name)

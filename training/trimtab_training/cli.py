@@ -293,11 +293,15 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def _print_result(result: "TrainResult") -> None:
     console = Console()
-    if result.evaluation:
+    if "base" in result.evaluation:
         console.print(_table(result.evaluation))
     console.print(f"version {result.version} in {result.path}", markup=False, highlight=False, soft_wrap=True)
+    gate = result.evaluation["gate"]
+    what = "passed" if gate["passed"] else f"not passed: {'; '.join(gate['reasons'])}"
+    console.print(f"gate {what}", markup=False, highlight=False, soft_wrap=True)
     if result.activated_route is not None:
-        console.print(f"route {result.activated_route} now uses it", markup=False, highlight=False)
+        what = "tries it as a canary" if result.is_canary else "now uses it"
+        console.print(f"route {result.activated_route} {what}", markup=False, highlight=False)
 
 
 def _table(evaluation: Mapping[str, Any]) -> Table:
@@ -310,9 +314,12 @@ def _table(evaluation: Mapping[str, Any]) -> Table:
     }
     for label, key in rows.items():
         table.add_row(label, *(_number(evaluation[who][key]) for who in ("base", "steered")))
-    low, high = evaluation["reward_difference_interval"]
-    table.add_row("reward difference", "", f"{evaluation['reward_difference']:.4g} (95 %: {low:.4g} to {high:.4g})")
+    ends = evaluation["reward_difference_interval"]
+    interval = "" if ends is None else f" (95 %: {ends[0]:.4g} to {ends[1]:.4g})"
+    table.add_row("reward difference", "", f"{evaluation['reward_difference']:.4g}{interval}")
     table.add_row("win rate against base", "", _number(evaluation["win_rate"]))
+    if evaluation["procedure"] != "standard":
+        table.add_row(f"win rate, {evaluation['procedure']}", "", _number(evaluation["served_win_rate"]))
     table.add_row("KL to base, nats per token", "", _number(evaluation["kl_per_token"]))
     return table
 

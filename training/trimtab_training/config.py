@@ -9,14 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_adapters.contract.params import AdapterName
 from trimtab_training.config_section import ConfigSection
+from trimtab_training.evaluation_config import EvaluationConfig
+from trimtab_training.gate_config import GateConfig
 from trimtab_training.logged_config import LoggedConfig
 from trimtab_training.models_config import ModelsConfig
-from trimtab_training.objective_config import BonbonConfig, ObjectiveConfig, QuarkConfig, RlooConfig, VbonConfig
+from trimtab_training.objective_config import (
+    BonbonConfig,
+    NlpoConfig,
+    ObjectiveConfig,
+    QuarkConfig,
+    RlooConfig,
+    VbonConfig,
+)
+from trimtab_training.report_config import ReportConfig
 from trimtab_training.transform_config import TransformConfig
 
 UnitInterval = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -146,19 +156,6 @@ class LimitsConfig(ConfigSection):
     """Seconds between two looks at the memory."""
 
 
-class EvaluationConfig(ConfigSection):
-    """Base against steered on prompts that are never trained on."""
-
-    share: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the prompts that is held out; 0 skips the evaluation."""
-    max_prompts: int = Field(default=256, ge=1)
-    """Most held-out prompts to use; prompts beyond it stay held out."""
-    num_per_prompt: int = Field(default=1, ge=1, le=20)
-    """Outputs per prompt and policy."""
-    num_resamples: int = Field(default=2000, ge=100)
-    """Bootstrap resamples behind the 95 % interval."""
-
-
 class PublishConfig(ConfigSection):
     """The version that comes out."""
 
@@ -166,8 +163,12 @@ class PublishConfig(ConfigSection):
     """Name of the adapter that the result is a version of."""
     route: str | None = None
     """Route to switch to the new version; left out means that nothing is activated."""
-    require_improvement: bool = True
-    """Activate only when the 95 % interval of the reward difference to the base lies above 0."""
+    require_gate: bool = Field(default=True, validation_alias=AliasChoices("require_gate", "require_improvement"))
+    """Activate, or try as a canary, only when the gate has passed. Its older name, `require_improvement`, is read as
+    well."""
+    canary_percent: float | None = Field(default=None, gt=0, lt=100)
+    """Share of the route's requests that the new version takes first; the gateway compares their answers with those of
+    the others and promotes it or rolls it back. Left out, or where the route is new, it takes all at once."""
 
 
 class TrainConfig(ConfigSection):
@@ -199,6 +200,10 @@ class TrainConfig(ConfigSection):
     """When the run's state is saved."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The comparison at the end."""
+    gate: GateConfig = GateConfig()
+    """What the comparison must show before the version may take traffic."""
+    report: ReportConfig = ReportConfig()
+    """The report at the end."""
     limits: LimitsConfig = LimitsConfig()
     """When the run is broken off."""
     steps: int = Field(default=8000, ge=1)
@@ -236,8 +241,8 @@ class TrainConfig(ConfigSection):
             raise ValueError('sampling.stop needs fresh.source = "gateway"')
         if isinstance(self.prompts, PromptLog) and not self.logged.enabled:
             raise ValueError('prompts.type = "log" needs logged.enabled = true')
-        if self.publish.route is not None and self.publish.require_improvement and self.evaluation.share == 0:
-            raise ValueError("publish.require_improvement needs an evaluation: set evaluation.share above 0")
+        if self.publish.route is not None and self.publish.require_gate and self.evaluation.share == 0:
+            raise ValueError("publish.require_gate needs an evaluation: set evaluation.share above 0")
         if self.fresh.interval == 0 and not self.logged.enabled:
             raise ValueError("fresh.interval = 0 and logged.enabled = false leave nothing to learn from")
         return self
@@ -270,6 +275,19 @@ class TrainConfig(ConfigSection):
         return self
 
     @model_validator(mode="after")
+    def _evaluation_fits(self) -> Self:
+        second = self.evaluation.second_reward
+        if second is None:
+            if self.gate.min_second_reward_difference is not None:
+                raise ValueError("gate.min_second_reward_difference needs evaluation.second_reward")
+            return self
+        if second.name == self.reward.name:
+            raise ValueError("evaluation.second_reward is the reward itself")
+        if self.gateway is None and second.source == "gateway":
+            raise ValueError('there is no [gateway], but evaluation.second_reward.source = "gateway" needs one')
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits(self) -> Self:
         objective = self.objective
         if isinstance(objective, QuarkConfig):
@@ -283,6 +301,21 @@ class TrainConfig(ConfigSection):
             raise ValueError(
                 f"objective.kind = {objective.kind!r} compares outputs for the same prompt: set fresh.num_per_prompt "
                 "to 2 or more"
+            )
+        if isinstance(objective, BonbonConfig) and self.fresh.num_per_prompt != objective.n:
+            raise ValueError(
+                f"objective.kind = 'bonbon' learns from n outputs for each prompt: set fresh.num_per_prompt to "
+                f"{objective.n}"
+            )
+        if isinstance(objective, NlpoConfig) and self.fresh.source != "local":
+            raise ValueError(
+                "objective.kind = 'nlpo' draws under a mask, which an engine cannot: set fresh.source = \"local\""
+            )
+        if isinstance(objective, BonbonConfig | NlpoConfig) and self.logged.enabled:
+            drawn = "from the base" if isinstance(objective, BonbonConfig) else "under its mask"
+            raise ValueError(
+                f"objective.kind = {objective.kind!r} learns only from what it draws {drawn}: set logged.enabled = "
+                "false"
             )
         return self
 

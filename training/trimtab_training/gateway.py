@@ -229,6 +229,13 @@ class GatewayClient:
         body = {"adapter": name, "version": version, "alpha": alpha}
         self._admin("POST", f"/admin/routes/{quote(route, safe='')}/activate", body)
 
+    def promote(
+        self, route: str, name: str, version: VersionId, alpha: float, *, percent: float, is_forced: bool
+    ) -> None:
+        """Let a share of a route's requests try a version; the gateway then promotes it or rolls it back."""
+        body = {"adapter": name, "version": version, "alpha": alpha, "percent": percent, "force": is_forced}
+        self._admin("POST", f"/admin/routes/{quote(route, safe='')}/promote", body)
+
     def claim_job(self, worker: str) -> TrainingJob | None:
         """Take the oldest waiting training job; None when there is none."""
         response = self._admin("POST", "/admin/training-jobs/claim", {"worker": worker}, repeatable=False)

@@ -11,7 +11,13 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from trimtab_adapters.contract.errors import AdapterError, ManifestError, VocabularyError, WeightsError
+from trimtab_adapters.contract.errors import (
+    AdapterError,
+    InvalidRequestError,
+    ManifestError,
+    VocabularyError,
+    WeightsError,
+)
 from trimtab_adapters.contract.manifest import MANIFEST_FILE, read_manifest, read_vocabulary, vocabulary_fingerprint
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.lora_training import is_lora, save_lora
@@ -123,6 +129,7 @@ def load_adapter_start(
     device: str,
     control_token_ids: tuple[int, ...] | None = None,
     can_grow: bool = True,
+    start_scale: float = 1.0,
 ) -> AdapterStart:
     """Load the adapter LM to train and see to its control tokens, one for each of `num_bins` quantiles.
 
@@ -130,9 +137,20 @@ def load_adapter_start(
     with as many quantiles; else new rows are added. Without quantiles (0) the adapter stays as it is, and so does what
     it sees before a prompt.
 
+    Args:
+        directory: A plain causal LM or an adapter version.
+        vocabulary: The base model's.
+        num_bins: Number of quantiles.
+        seed: Of new control tokens.
+        device: Torch device.
+        control_token_ids: Tokens of the LM that stand for the quantiles.
+        can_grow: Whether rows may be added to the LM's embeddings.
+        start_scale: What the logits of a plain model are multiplied by, see `scale_logits`.
+
     Raises:
         AdapterError: It cannot be loaded, or it needs new rows and must not grow (`can_grow`).
         VocabularyError: It was made for another tokenizer, or nothing says for which.
+        InvalidRequestError: A version, which goes on from where it was, is to be scaled.
     """
     manifest = read_manifest(directory) if (directory / MANIFEST_FILE).exists() else None
     if manifest is not None and manifest.lora is not None:
@@ -145,6 +163,12 @@ def load_adapter_start(
         raise VocabularyError(
             f"{directory} has logits for {num_output_columns(model)} tokens, the tokenizer has {vocabulary.num_tokens}"
         )
+    if start_scale != 1.0:
+        if manifest is not None:
+            raise InvalidRequestError(
+                f"models.start_scale is for a plain model; {directory} is an adapter version, which it would undo"
+            )
+        scale_logits(model, start_scale)
     parent = manifest.version_id if manifest else None
     prefix = tuple(manifest.prefix_token_ids) if manifest else ()
     if not num_bins:
@@ -163,6 +187,36 @@ def load_adapter_start(
             )
         former = add_control_tokens(model, num_bins, num_known=vocabulary.num_tokens, seed=seed)
     return AdapterStart(model, former, fixed, parent)
+
+
+def scale_logits(model: Any, factor: float) -> None:
+    """Multiply all logits of a causal LM by `factor`, by way of its final norm.
+
+    With a small factor an adapter LM says nearly the same of every token, so that the tailored policy begins close to
+    the base, whatever alpha is; its inner layers stay as they were trained.
+
+    Raises:
+        AdapterError: The model has no final norm that its logits are proportional to.
+    """
+    norms = [
+        module
+        for name, module in model.base_model.named_modules()
+        if not any(part.isdigit() for part in name.split("."))
+        and (own := list(module.parameters(recurse=False)))
+        and all(parameter.ndim == 1 for parameter in own)
+    ]
+    if not norms:
+        raise AdapterError(f"{type(model).__name__} has no final norm, so models.start_scale cannot be applied")
+    probe = torch.arange(min(4, num_output_columns(model)), device=model.device)[None]
+    with torch.no_grad():
+        before = model(input_ids=probe, use_cache=False).logits.float()
+        for parameter in norms[-1].parameters(recurse=False):
+            parameter.mul_(factor)
+        after = model(input_ids=probe, use_cache=False).logits.float()
+    if not torch.allclose(after, factor * before, rtol=1e-3, atol=1e-4 * factor * float(before.abs().max())):
+        raise AdapterError(
+            f"the logits of {type(model).__name__} do not follow its final norm; leave models.start_scale at 1"
+        )
 
 
 def add_control_tokens(model: Any, num: int, *, num_known: int, seed: int) -> tuple[int, ...]:
@@ -185,6 +239,15 @@ def add_control_tokens(model: Any, num: int, *, num_known: int, seed: int) -> tu
         noise = torch.randn(num, known.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         table[first:] = (known.mean(dim=0) + known.std(dim=0) * noise).to(table)
     return tuple(range(first, first + num))
+
+
+def turn_off_dropout(model: Any) -> None:
+    """Make a model compute the same in training as in evaluation; its configuration stays as it is."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama's kind has a number and no module
+            module.attention_dropout = 0.0
 
 
 def num_output_columns(model: Any) -> int:

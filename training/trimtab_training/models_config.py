@@ -17,7 +17,7 @@ class LoraConfig(ConfigSection):
     lora_alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by lora_alpha / r. Not the alpha of a steering."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in front of the update, in training."""
+    """Dropout in front of the update, in training; of the objectives only Quark trains with any."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers with an update, by the ends of their names."""
 
@@ -31,6 +31,9 @@ class ModelsConfig(ConfigSection):
     """Directory that the adapter LM starts from: a plain causal LM or an adapter version, which is then trained on."""
     alpha: Alpha = 1.0
     """Weight of the adapter's log-probabilities, in training, when drawing and as the version's default. Not 0."""
+    start_scale: float = Field(default=1.0, gt=0, le=1)
+    """What the logits of a plain adapter LM are multiplied by before training. An untrained adapter LM at alpha 1
+    already bends the base towards what both find likely; with a small factor the policy begins close to the base."""
     device: str = "cpu"
     """Torch device of both models."""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,4 +53,6 @@ class ModelsConfig(ConfigSection):
     def _steers(self) -> Self:
         if self.alpha == 0.0:
             raise ValueError("alpha 0 leaves the base untouched, so there is nothing to train")
+        if self.lora is not None and self.start_scale != 1.0:
+            raise ValueError("start_scale changes the LM under a LoRA, which is published as it was")
         return self

@@ -72,7 +72,8 @@ class BonbonConfig(ConfigSection):
 
     kind: Literal["bonbon"] = "bonbon"
     n: int = Field(default=8, ge=2)
-    """Outputs of the base per prompt, of which the best and the worst are learned from."""
+    """Outputs of the base per prompt, of which the best and the worst are learned from; `fresh.num_per_prompt` must be
+    the same."""
     likelihood_weight: float = Field(default=0.005, ge=0, le=1)
     """Share of the likelihood of the best in the loss; the rest is the preference of the best over the worst."""
 
@@ -97,6 +98,12 @@ class PpoSettings(ConfigSection):
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus, in nats per token."""
 
+    @model_validator(mode="after")
+    def _can_follow(self) -> Self:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target multiplies kl_coef, which is 0 and stays so")
+        return self
+
 
 class PpoConfig(PpoSettings):
     """PPO with a value model of its own, an adaptive KL penalty and generalised advantages."""
@@ -105,13 +112,17 @@ class PpoConfig(PpoSettings):
 
 
 class NlpoConfig(PpoSettings):
-    """PPO that draws from the most probable tokens of an earlier policy only (NLPO)."""
+    """PPO that draws from the most probable tokens of an earlier policy only (NLPO).
+
+    Rounds are drawn in this process, because an engine does not know the mask; the evaluation draws without it, as the
+    version will be served.
+    """
 
     kind: Literal["nlpo"] = "nlpo"
     mask_top_p: float = Field(default=0.9, gt=0, le=1)
     """Probability that the tokens which may be drawn have together under the mask's policy."""
     mask_min_tokens: int = Field(default=100, ge=1)
-    """Fewest tokens that may be drawn."""
+    """Fewest tokens that may be drawn, besides the end tokens, which always may."""
     mask_interval: int = Field(default=5, ge=1)
     """Rounds after which the mask's policy becomes the one that is trained."""
 

@@ -1,9 +1,10 @@
 """The tailored policy in training: a frozen base LM and a trainable adapter LM, combined by `mixing.py`."""
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ class PolicyOutput:
     def kl(self) -> Tensor:
         """KL(steered || base) of each output position in nats, `[B, T]`, 0 where padded."""
         return mixing.kl_to_base(self.steered_logits, self.base_logits).masked_fill(~self.mask, 0.0)
+
+    def entropy(self) -> Tensor:
+        """Entropy of the tailored policy at each output position in nats, `[B, T]`, 0 where padded."""
+        logprobs = torch.log_softmax(self.steered_logits, dim=-1)
+        # 0 * (-inf) of a token that the base forbids counts as 0, in value and in gradient.
+        finite = logprobs.masked_fill(torch.isneginf(logprobs), 0.0)
+        return -(logprobs.exp() * finite).sum(dim=-1).masked_fill(~self.mask, 0.0)
 
 
 class TailoredPolicy:
@@ -103,6 +111,12 @@ class TailoredPolicy:
             and max(*prompt_token_ids, *output_token_ids) < self.num_known
         )
 
+    def with_adapter(self, adapter: Any) -> Self:
+        """The same policy with another adapter in place of its own."""
+        other = copy.copy(self)
+        other.adapter = adapter
+        return other
+
     def steer(self, base_logits: Tensor, adapter_logits: Tensor) -> Tensor:
         """The serving formula with this policy's alpha; `[..., V]`, `[..., A]` -> `[..., V]` in float32."""
         base_logits = base_logits.float()
@@ -140,6 +154,24 @@ class TailoredPolicy:
     def _autocast(self) -> torch.autocast:
         is_lower = self._compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self._compute_dtype if is_lower else None, enabled=is_lower)
+
+
+class BuildPolicy(Protocol):
+    """Puts base and adapter together: `TailoredPolicy`, or another policy that trains the same way."""
+
+    def __call__(
+        self,
+        base: Any,
+        adapter: Any,
+        *,
+        alpha: float,
+        num_known: int,
+        reader: LogitsReader | None = None,
+        base_reader: LogitsReader | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> TailoredPolicy:
+        """See `TailoredPolicy`."""
+        ...
 
 
 @contextlib.contextmanager

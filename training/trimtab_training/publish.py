@@ -50,6 +50,7 @@ class VersionInfo:
         reward: `name@version` of the reward.
         evaluation: Figures from the end of training.
         trunk: Directory of the LM that the model is a LoRA on; None for a whole model.
+        created_at: ISO 8601, UTC; part of the content that the version's id is the hash of. Now when left out.
     """
 
     name: str
@@ -59,6 +60,7 @@ class VersionInfo:
     reward: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     trunk: Path | None = None
+    created_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,11 @@ def write_version(store: Path, model: Any, vocabulary: Vocabulary, info: Version
             temporary.chmod(0o755)
             sync_tree(temporary)
             target = store / manifest.version_id
-            temporary.rename(target)
-            sync_directory(store)
+            if target.exists():  # a run that was killed after this wrote the same
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(target)
+                sync_directory(store)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -119,7 +124,7 @@ def _write_lora(store: Path, model: Any, info: VersionInfo, trunk: Path) -> Vers
             described={
                 "reward": info.reward,
                 "evaluation": info.evaluation,
-                "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+                "created_at": info.created_at or _now(),
             },
         )
     return VersionDirectory(path, manifest)
@@ -156,6 +161,22 @@ def temporary_version(
         shutil.rmtree(directory.path, ignore_errors=True)
 
 
+def first_time(path: Path) -> str:
+    """When a run came to its end first, kept in `path`: publishing again after a kill gives the same version again."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(_now())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return path.read_text(encoding="utf-8")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def sweep(output_dir: Path, gateway: GatewayClient | None) -> None:
     """Retire and delete what a run that was killed left in its directory, other than its results."""
     for store in (VERSIONS, INTERMEDIATE):
@@ -178,7 +199,7 @@ def _manifest(directory: Path, vocabulary: Vocabulary, info: VersionInfo) -> Man
         vocab_size=vocabulary.size,
         prefix_token_ids=list(info.prefix_token_ids),
         default_alpha=info.alpha,
-        created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        created_at=info.created_at or _now(),
         training=info.training,
         reward=info.reward,
         evaluation=info.evaluation,

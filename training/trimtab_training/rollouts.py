@@ -1,9 +1,10 @@
 """Where fresh rollouts come from: the engine behind the gateway, or the two models in this process."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -16,7 +17,7 @@ from trimtab_training.interruption import Interruption
 from trimtab_training.models import Vocabulary
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.prompts import Prompt
-from trimtab_training.sampler import sample_outputs
+from trimtab_training.sampler import TokenMask, sample_outputs
 
 _USABLE_FINISH_REASONS = ("stop", "length")
 
@@ -213,6 +214,13 @@ class LocalSource:
         self._end_token_ids = end_token_ids | frozenset(sampling.stop_token_ids)
         self._batch_size = batch_size
         self._interruption = interruption
+        self._mask: TokenMask | None = None
+
+    def under(self, mask: TokenMask) -> Self:
+        """The same source, but what it draws from the tailored policy is drawn under a mask."""
+        masked = copy.copy(self)
+        masked._mask = mask
+        return masked
 
     def draw(
         self,
@@ -241,6 +249,7 @@ class LocalSource:
                 top_p=self._sampling.top_p,
                 end_token_ids=self._end_token_ids,
                 generator=generator,
+                mask=self._mask if steered else None,
                 interruption=self._interruption,
             )
             for index, output in zip(batch, outputs, strict=True):

@@ -1,7 +1,7 @@
 """Plain sampling from the tailored policy in this process: static batches, one cache per model."""
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +10,25 @@ from trimtab_training.interruption import Interruption
 from trimtab_training.padding import TokenIds, padded, position_ids
 from trimtab_training.policy import TailoredPolicy, evaluating
 
+AllowedTokens = Callable[[Tensor, Tensor | None], Tensor]
+"""Asked before each token of one batch with the base logits, `[B, V]`, and the tokens drawn last, `[B]`, None at first;
+answers which of the tokenizer's tokens may be drawn now, `[B, num_known]`, at least one in each row."""
 
-class _CachedModel:
-    """A causal LM with its cache over one left-padded batch."""
+
+class TokenMask(Protocol):
+    """What may be drawn from the tailored policy now.
+
+    It is asked anew for each batch, so that what changes it reaches the very next draw. `None` stands for a mask that
+    allows every token.
+    """
+
+    def begin(self, policy: TailoredPolicy, prompt_token_ids: Sequence[TokenIds]) -> AllowedTokens:
+        """Begin a batch of B prompts."""
+        ...
+
+
+class CachedModel:
+    """A causal LM with its cache over one left-padded batch of contexts."""
 
     def __init__(self, model: Any, contexts: Sequence[TokenIds], device: torch.device) -> None:
         self._model = model
@@ -47,6 +63,7 @@ def sample_outputs(
     top_p: float,
     end_token_ids: Collection[int],
     generator: torch.Generator,
+    mask: TokenMask | None = None,
     interruption: Interruption | None = None,
 ) -> list[list[int]]:
     """Draw one output for each prompt.
@@ -60,6 +77,7 @@ def sample_outputs(
         top_p: Smallest set of most probable tokens that has this much probability is sampled from.
         end_token_ids: Tokens that end an output; the output keeps them.
         generator: Source of randomness, on the CPU.
+        mask: What may be drawn; the rest is renormalised before temperature and `top_p` apply.
         interruption: Ends sampling early with `TrainingInterrupted`.
 
     Returns:
@@ -71,29 +89,46 @@ def sample_outputs(
     is_done = torch.zeros(len(prompt_token_ids), dtype=torch.bool, device=device)
     columns: list[Tensor] = []
     with evaluating(policy.adapter):
-        base = _CachedModel(policy.base, prompt_token_ids, device)
+        base = CachedModel(policy.base, prompt_token_ids, device)
         adapter = None
         if adapter_prefix is not None:
-            adapter = _CachedModel(policy.adapter, [(*adapter_prefix, *p) for p in prompt_token_ids], device)
+            adapter = CachedModel(policy.adapter, [(*adapter_prefix, *p) for p in prompt_token_ids], device)
+        allowed = mask.begin(policy, prompt_token_ids) if mask is not None else None
         tokens: Tensor | None = None
         while len(columns) < max_tokens and not bool(is_done.all()):
             if interruption is not None:
                 interruption.check()
-            logits = base.next_logits(tokens).float()
-            if adapter is not None:
-                logits = policy.steer(logits, adapter.next_logits(tokens))
-            tokens = _draw(logits[:, : policy.num_known] / temperature, top_p, generator)
+            base_logits = base.next_logits(tokens).float()
+            logits = base_logits if adapter is None else policy.steer(base_logits, adapter.next_logits(tokens))
+            logits = logits[:, : policy.num_known]
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed(base_logits, tokens), float("-inf"))
+            tokens = _draw(logits / temperature, top_p, generator)
             columns.append(torch.where(is_done, -1, tokens))
             is_done = is_done | torch.isin(tokens, ends)
     rows = torch.stack(columns, dim=1).tolist()
     return [[token for token in row if token >= 0] for row in rows]
 
 
+def smallest_set(probabilities: Tensor, *, share: float, min_tokens: int = 1) -> Tensor:
+    """The smallest set of most probable tokens that has `share` of the probability, `[..., V]` -> bool `[..., V]`.
+
+    Args:
+        probabilities: Each row sums to 1.
+        share: 1 keeps every token.
+        min_tokens: So many are kept at least, the most probable ones.
+    """
+    if share >= 1.0:
+        return torch.ones_like(probabilities, dtype=torch.bool)
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    is_kept = ordered.cumsum(dim=-1) - ordered < share
+    is_kept[..., :min_tokens] = True
+    return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
+
+
 def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
     """One token per row, `[B, V]` -> `[B]`."""
     probabilities = torch.softmax(logits, dim=-1).cpu()
     if top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+        probabilities = probabilities.masked_fill(~smallest_set(probabilities, share=top_p), 0.0)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)

@@ -1,6 +1,5 @@
 """The parts of a training run, built from its configuration."""
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,8 +18,10 @@ from trimtab_training.checkpoint import (
     open_checkpoint,
     restore_learner,
 )
-from trimtab_training.config import TrainConfig
+from trimtab_training.config import RewardConfig, TrainConfig
 from trimtab_training.distillation.fidelity import FIDELITY_FILE
+from trimtab_training.evaluation.procedures import STANDARD, Chosen, parse_procedure
+from trimtab_training.evaluation_config import SERVED, SecondRewardConfig
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
 from trimtab_training.learner import Learner
@@ -37,7 +38,7 @@ from trimtab_training.models import (
 from trimtab_training.models_config import ModelsConfig
 from trimtab_training.objective_config import QuarkConfig
 from trimtab_training.objectives.building import build_objective
-from trimtab_training.policy import TailoredPolicy
+from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.processes import Processes
 from trimtab_training.publish import INTERMEDIATE, VersionInfo, temporary_version
 from trimtab_training.rewards import GatewayScorer, LocalScorer, RatedOnly, Scorer
@@ -69,7 +70,12 @@ def find_checkpoint(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
 
 
 def build_learner(
-    config: TrainConfig, vocabulary: Vocabulary, checkpoint: Checkpoint | None, *, processes: Processes | None = None
+    config: TrainConfig,
+    vocabulary: Vocabulary,
+    checkpoint: Checkpoint | None,
+    *,
+    processes: Processes | None = None,
+    build_policy: BuildPolicy = TailoredPolicy,
 ) -> tuple[Learner, AdapterStart]:
     """Load both models and put them together with the objective and the optimiser; also what the adapter began as.
 
@@ -88,6 +94,7 @@ def build_learner(
             device=models.device,
             control_token_ids=config.objective.control_token_ids if isinstance(config.objective, QuarkConfig) else None,
             can_grow=models.lora is None,
+            start_scale=models.start_scale,
         )
         if models.lora is not None:
             start = replace(start, model=with_lora(start.model, models.lora, seed=config.seed))
@@ -101,8 +108,13 @@ def build_learner(
     base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
     learner = Learner(
-        build_policy(models, base, start.model, num_known=num_known),
-        build_objective(config.objective, start, seed=config.seed),
+        policy_of(models, base, start.model, num_known=num_known, build_policy=build_policy),
+        build_objective(
+            config.objective,
+            start,
+            end_token_ids=end_token_ids(base) | frozenset(config.sampling.stop_token_ids),
+            seed=config.seed,
+        ),
         optimiser=config.optimiser,
         num_steps=config.steps,
         processes=processes,
@@ -112,13 +124,15 @@ def build_learner(
     return learner, start
 
 
-def build_policy(models: ModelsConfig, base: Any, adapter: Any, *, num_known: int) -> TailoredPolicy:
+def policy_of(
+    models: ModelsConfig, base: Any, adapter: Any, *, num_known: int, build_policy: BuildPolicy = TailoredPolicy
+) -> TailoredPolicy:
     """Both models as the configuration wants them computed with."""
     reader: LogitsReader = PaddedReader() if models.pack_tokens is None else PackedReader(models.pack_tokens)
     base_reader = BaseLogitsCache(reader, int(models.base_cache_gib * 2**30)) if models.base_cache_gib else reader
     if models.gradient_checkpointing:
         adapter.gradient_checkpointing_enable()
-    return TailoredPolicy(
+    return build_policy(
         base,
         adapter,
         alpha=models.alpha,
@@ -137,9 +151,19 @@ def build_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer:
     """
     if config.reward.source == "feedback":
         return RatedOnly(config.reward.name)
-    if config.reward.source == "local":
-        return LocalScorer.load(config.reward.name)
-    return GatewayScorer(_connected(gateway), config.reward.name, batch_size=config.reward.batch_size)
+    return _scorer(config.reward, gateway)
+
+
+def build_second_scorer(config: TrainConfig, gateway: GatewayClient | None) -> Scorer | None:
+    """The reward that `config.evaluation.second_reward` names, if it does. Raises as `build_scorer` does."""
+    second = config.evaluation.second_reward
+    return None if second is None else _scorer(second, gateway)
+
+
+def _scorer(config: RewardConfig | SecondRewardConfig, gateway: GatewayClient | None) -> Scorer:
+    if config.source == "local":
+        return LocalScorer.load(config.name)
+    return GatewayScorer(_connected(gateway), config.name, batch_size=config.batch_size)
 
 
 def build_source(
@@ -178,6 +202,22 @@ def build_source(
     )
 
 
+def build_round_source(source: RolloutSource, learner: Learner) -> RolloutSource:
+    """Where the rounds that are learned from are drawn: `source`, under the mask of an objective that has one.
+
+    The evaluation draws from `source` itself, because what is served has no mask.
+
+    Raises:
+        InvalidRequestError: The objective has a mask, and an engine draws.
+    """
+    mask = learner.objective.token_mask
+    if mask is None:
+        return source
+    if not isinstance(source, LocalSource):
+        raise InvalidRequestError('an engine cannot draw under a mask of the objective; set fresh.source = "local"')
+    return source.under(mask)
+
+
 def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> TransformConfig:
     """The reward transform of the run; `served` is looked up: it fits the route that the run publishes to.
 
@@ -187,11 +227,34 @@ def served_transform(config: TrainConfig, gateway: GatewayClient | None) -> Tran
     transform = config.reward.transform
     if transform.kind != "served":
         return transform
-    best_of = 1  # also where people rate: there are no ratings of reference rollouts
-    if config.reward.source != "feedback" and gateway is not None and config.publish.route is not None:
-        with contextlib.suppress(NotFoundError):
-            best_of = int(gateway.route(config.publish.route).get("best_of") or 1)
-    return fit_to_served(transform, best_of=best_of)
+    if config.reward.source == "feedback":
+        return fit_to_served(transform, best_of=1)  # there are no ratings of reference rollouts
+    return fit_to_served(transform, best_of=_served_best_of(config, gateway) or 1)
+
+
+def served_procedure(config: TrainConfig, gateway: GatewayClient | None) -> Chosen:
+    """The procedure of the evaluation: see `EvaluationConfig.procedure`. Raises as `served_transform` does."""
+    if config.evaluation.procedure != SERVED:
+        chosen = parse_procedure(config.evaluation.procedure)
+        assert isinstance(chosen, Chosen)  # the configuration allows no other
+        return chosen
+    best_of = _served_best_of(config, gateway)
+    if best_of is not None:
+        return Chosen("best", best_of)
+    transform = config.reward.transform
+    if transform.n is None:
+        return STANDARD
+    return Chosen("best" if transform.procedure == "best_of_n" else "worst", transform.n)
+
+
+def _served_best_of(config: TrainConfig, gateway: GatewayClient | None) -> int | None:
+    """N of the route that the run publishes to; None where there is no such route."""
+    if gateway is None or config.publish.route is None:
+        return None
+    try:
+        return int(gateway.route(config.publish.route).get("best_of") or 1)
+    except NotFoundError:
+        return None
 
 
 def intermediate_name(name: str) -> str:

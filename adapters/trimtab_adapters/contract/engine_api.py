@@ -96,13 +96,34 @@ class CacheStatus(_Message):
     recomputed_tokens: int
 
 
+class ProviderStatus(_Message):
+    """The API behind which a black-box base is; sums since the gateway started, as the provider's `usage` says."""
+
+    breaker: Literal["closed", "open", "half_open"]
+    """`open`: it did not answer lately and is not asked for a while."""
+    calls: int
+    retries: int
+    failed_calls: int
+    """Calls that got no useful answer in all attempts."""
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    unmapped_tokens: int
+    """Tokens among the most probable ones shown that the gateway's tokenizer does not know."""
+    resplit_calls: int
+    """Calls whose prompt the provider split into another number of tokens than the gateway."""
+
+
 class EngineStatus(_Message):
     """What the gateway must know of an engine before it sends requests there."""
 
     boot_id: str
     """Changes when the engine process restarts: everything loaded before is gone."""
+    kind: Literal["vllm", "black_box"] = "vllm"
+    """`black_box`: the base is behind somebody else's API, and adapters run in the gateway."""
     vllm_version: str
-    runner: Literal["v1", "v2"]
+    """Empty where the base is a black box."""
+    runner: Literal["v1", "v2", "none"]
     model: str
     max_model_len: int
     vocab_size: int
@@ -118,6 +139,8 @@ class EngineStatus(_Message):
     steered_rows: int = 0
     steered_steps: int = 0
     failed_rows: int = 0
+    provider: ProviderStatus | None = None
+    """Of a black box."""
 
     @property
     def base_identity(self) -> str:

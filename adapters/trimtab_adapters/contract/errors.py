@@ -139,6 +139,14 @@ class AdapterTooLargeError(AdapterError):
     default_code = "adapter_too_large"
 
 
+def adapter_error(message: str, code: object) -> AdapterError:
+    """The error of an adapter version that an engine refused, by the code that came with the refusal."""
+    for kind in AdapterError.__subclasses__():
+        if kind.default_code == code:
+            return kind(message)
+    return AdapterError(message, code=code if isinstance(code, str) else None)
+
+
 class EngineError(TrimtabError):
     """Something between the gateway and an engine."""
 

@@ -127,7 +127,8 @@ class Rollout(BaseModel):
     sampling: dict[str, Any] = Field(default_factory=dict)
     """temperature, top_p, top_k, seed, max_tokens, stop, ... as the engine was asked; `steering_operators`
     (`SteeringOperators`) and `guidance` (`Guidance`) where these acted beside or instead of adapters; `selection` where
-    the answer was put together from chosen pieces."""
+    the answer was put together from chosen pieces; `black_box` where tokens were sampled from the most probable ones
+    that an API showed, which base and steered log-probabilities are normalised over then."""
 
     candidate_index: int = 0
     num_candidates: int = 1
@@ -150,7 +151,7 @@ class Rollout(BaseModel):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but base and adapters, weighted by their alphas at every token, made the distribution."""
-        return not self.sampling.keys() & {"steering_operators", "guidance", "selection"}
+        return not self.sampling.keys() & {"steering_operators", "guidance", "selection", "black_box"}
 
     @property
     def is_complete(self) -> bool:

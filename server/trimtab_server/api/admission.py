@@ -1,7 +1,7 @@
 """From a valid body and a resolved model to a job: how many candidates, ranked by what, logged or not."""
 
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import Request
@@ -91,9 +91,11 @@ def build_job(
     return job
 
 
-def rollout_metadata(request: Request, body: GenerationBody) -> dict[str, Any]:
-    """What the caller said about the request, for its rollouts."""
+def rollout_metadata(request: Request, body: GenerationBody, resolved: ResolvedModel) -> dict[str, Any]:
+    """What the caller said about the request, and on which side of a canary it is, for its rollouts."""
     metadata: dict[str, Any] = {}
+    if resolved.canary is not None:
+        metadata["canary"] = asdict(resolved.canary)
     if body.user is not None:
         metadata["user"] = body.user
     if request.state.has_caller_request_id:

@@ -7,6 +7,7 @@ here.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from typing_extensions import override
@@ -115,8 +116,10 @@ class Answer(ABC):
         return {"candidates": listed}
 
     def _steering(self) -> dict[str, Any]:
-        steering = steering_of(self._job)
-        return {} if steering is None else {"steering": steering}
+        """What steered, and on which side of its route's canary the request is."""
+        steering, canary = steering_of(self._job), self._job.resolved.canary
+        fields: dict[str, Any] = {} if steering is None else {"steering": steering}
+        return fields if canary is None else {**fields, "canary": asdict(canary)}
 
     @abstractmethod
     def _choice(self, candidate: Candidate, prompt_index: int) -> dict[str, Any]: ...

@@ -41,7 +41,7 @@ async def generate(request: Request, model: type[B], endpoint: Endpoint, build_a
         body.check()
         if body.request_id is not None and not request.state.has_caller_request_id:
             request.state.request_id, request.state.has_caller_request_id = body.request_id, True
-        resolved = await parts.catalog.resolve(body.model, body.steering)
+        resolved = await parts.catalog.resolve(body.model, body.steering, request.state.request_id)
         guidance = await parts.guidance.resolve(resolved.options, endpoint, body.engine_fields())
         generator = parts.generator()
         job = build_job(
@@ -49,11 +49,11 @@ async def generate(request: Request, model: type[B], endpoint: Endpoint, build_a
             resolved,
             endpoint=endpoint,
             is_logging=generator.is_logging,
-            metadata=rollout_metadata(request, body),
+            metadata=rollout_metadata(request, body, resolved),
             guidance=guidance,
             calibration_size=parts.settings.calibration_size,
         )
-        timer = RequestTimer(parts.metrics, job)
+        timer = RequestTimer(parts.metrics, job, parts.canaries)
         serving = _Serving(request, parts, generator, job, body, timer)
         answer = await build_answer(job, body, generator)
         return await (serving.stream(answer) if body.stream else serving.whole(answer))

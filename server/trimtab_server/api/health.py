@@ -49,4 +49,4 @@ async def get_version(request: Request) -> dict[str, Any]:
         own = version("trimtab")
     except PackageNotFoundError:  # run from a checkout that is not installed
         own = "unknown"
-    return {"version": own, "vllm_version": status.vllm_version if status is not None else None}
+    return {"version": own, "vllm_version": (status.vllm_version or None) if status is not None else None}

@@ -98,6 +98,34 @@ def activate(
         report_revision(client.post("routes", name, "activate", body=body), as_json=as_json)
 
 
+def promote(
+    name: Name,
+    adapter: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    version: Annotated[str | None, typer.Option(help="The newest one when left out.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Its weight; the version's default when left out.")] = None,
+    percent: Annotated[float, typer.Option(help="Share of the route's requests that try it.")] = 10.0,
+    answers: Annotated[int, typer.Option(help="Requests of that share after which it takes the whole route.")] = 400,
+    min_answers: Annotated[int, typer.Option(help="With fewer when the time is up it is rolled back.")] = 20,
+    timeout_s: Annotated[float, typer.Option(help="Seconds after which it ends.")] = 3600.0,
+    force: Annotated[bool, typer.Option("--force", help="Although it has not passed its gate.")] = False,
+    comment: Annotated[str, typer.Option(help="Kept in the history.")] = "",
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a share of the route's requests try a version; it is promoted, or rolled back where it is worse."""
+    body = {"adapter": adapter, "version": version, "alpha": alpha, "percent": percent, "num_answers": answers}
+    body |= {"min_answers": min_answers, "timeout_s": timeout_s, "force": force, "comment": comment}
+    with AdminClient(url, admin_key) as client:
+        report_revision(client.post("routes", name, "promote", body=body), as_json=as_json)
+
+
+def canary(name: Name, url: Url = DEFAULT_URL, admin_key: AdminKey = None) -> None:
+    """Show what came of the requests that try a new version, and of the others, as JSON."""
+    with AdminClient(url, admin_key) as client:
+        print_json(client.get("routes", name, "canary"))
+
+
 def rollback(
     name: Name,
     revision: Annotated[int | None, typer.Option(help="The one before the current when left out.")] = None,
@@ -130,6 +158,8 @@ def build_routes_commands() -> typer.Typer:
     group.command("show")(show)
     group.command("set")(set_route)
     group.command("activate")(activate)
+    group.command("promote")(promote)
+    group.command("canary")(canary)
     group.command("rollback")(rollback)
     group.command("history")(history)
     group.command("delete")(delete)
@@ -158,7 +188,11 @@ def report_revision(revision: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _described(revision: dict[str, Any]) -> str:
-    return describe_steering(revision["steering"], revision.get("operators") or {})
+    described = describe_steering(revision["steering"], revision.get("operators") or {})
+    canary = revision.get("canary")
+    if canary is None:
+        return described
+    return f"{described}, and for {canary['percent']:g} % {describe_steering(canary['steering'])}"
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -17,6 +17,25 @@ def serve(
     engine_url: Annotated[
         list[str] | None, typer.Option(help="Engine that runs elsewhere (one). Without it an engine is started here.")
     ] = None,
+    black_box_url: Annotated[
+        str | None, typer.Option(help="Completions API of a base behind somebody else's API, such as https://host/v1.")
+    ] = None,
+    black_box_model: Annotated[str | None, typer.Option(help="The base model's name there.")] = None,
+    black_box_tokenizer: Annotated[
+        str | None, typer.Option(help="Hub id or directory of the base model's tokenizer.")
+    ] = None,
+    black_box_api: Annotated[
+        str | None, typer.Option(help="openai (default), or vllm for a vLLM server, which gives token ids.")
+    ] = None,
+    black_box_logprobs: Annotated[
+        int | None, typer.Option(help="Most probable tokens asked for at each step; 20 by default.")
+    ] = None,
+    black_box_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer together; 4096 by default.")
+    ] = None,
+    black_box_unseen: Annotated[
+        str | None, typer.Option(help="Tokens that the API does not show: exclude (default) or residual.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 by default, 0 takes a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Versions, rollouts and the SQLite database.")] = None,
@@ -35,9 +54,10 @@ def serve(
         list[str] | None, typer.Argument(metavar="-- ENGINE_ARGS", help="More arguments for the engine.")
     ] = None,
 ) -> None:
-    """Start the gateway and, unless --engine-url is given, an engine.
+    """Start the gateway and, unless --engine-url or --black-box-url is given, an engine.
 
-    What no option says comes from the environment: TRIMTAB_MODEL, TRIMTAB_ENGINE_URLS and so on.
+    What no option says comes from the environment: TRIMTAB_MODEL, TRIMTAB_ENGINE_URLS and so on. The key of a black
+    box comes from there alone: TRIMTAB_BLACK_BOX_API_KEY.
     """
     if engine_args and not engine_args[0].startswith("-"):
         raise CommandError(f"unexpected argument {engine_args[0]!r}; arguments for the engine come after `--`")
@@ -46,6 +66,13 @@ def serve(
         "served_model_name": served_model_name,
         "adapters": adapter,
         "engine_urls": engine_url,
+        "black_box_url": black_box_url,
+        "black_box_model": black_box_model,
+        "black_box_tokenizer": black_box_tokenizer,
+        "black_box_api": black_box_api,
+        "black_box_logprobs": black_box_logprobs,
+        "black_box_context": black_box_context,
+        "black_box_unseen": black_box_unseen,
         "host": host,
         "port": port,
         "data_dir": data_dir,

@@ -59,6 +59,7 @@ class GrowingAnswer:
         self._logprobs: dict[str, list[Any]] = {}
         self._records: list[SteeringRecord] = []
         self._stop_reason: str | int | None = None
+        self._restriction: dict[str, Any] = {}
         self._num_shown = 0
         self._shown_chars = 0
         self._shown_tokens = 0
@@ -104,6 +105,7 @@ class GrowingAnswer:
         if piece.steering is not None and piece.steering.record:
             found = await self._run.engine.take_records([piece.steering.uid])
             self._records.append(checked_record(piece, found.get(piece.steering.uid), num))
+        self._restriction = {name: piece.choice[name] for name in ("black_box",) if name in piece.choice}
         shift = len(self.text)
         for key, values in (piece.choice.get("logprobs") or {}).items():
             if isinstance(values, list):
@@ -133,6 +135,7 @@ class GrowingAnswer:
             "stop_reason": self._stop_reason,
             "token_ids": self.token_ids,
             "prompt_token_ids": self.prompt_token_ids,
+            **self._restriction,
         }
         if job.endpoint == "completions":
             choice |= {"text": self.text, "logprobs": self._logprobs or None}

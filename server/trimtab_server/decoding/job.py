@@ -209,6 +209,7 @@ class PromptResult:
         outcome: What the strategy has to say, in the answer's form.
         left_out: Candidates that failed and that the caller wants to do without.
         discarded_tokens: Generated tokens that are in no candidate.
+        piece_usages: Usage objects of the engine's requests for pieces that candidates were put together from.
     """
 
     selections: list[Selection]
@@ -216,6 +217,7 @@ class PromptResult:
     outcome: dict[str, Any] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     discarded_tokens: int = 0
+    piece_usages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def candidates(self) -> list[Candidate]:

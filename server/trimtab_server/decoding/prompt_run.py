@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trimtab_adapters.contract.errors import EngineDiedError, EngineUnavailableError, InvalidRequestError, TrimtabError
 from trimtab_adapters.contract.records import RewardValue
@@ -49,6 +49,7 @@ class PromptRun:
         self.detokenize = detokenize
         self.draw = BaseReferenceDraw(engine, job, index)
         self.left_out: list[LeftOut] = []
+        self.piece_usages: list[dict[str, Any]] = []
         self._scoring = scoring
         self._abandoned = abandoned
         self._scorers: dict[tuple[str, CalibrationChoice], PromptScorer] = {}
@@ -99,6 +100,12 @@ class PromptRun:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return _numbered(requests, [task.result() for task in tasks])
+
+    async def generate_pieces(self, requests: Sequence[tuple[int, EngineRequest]]) -> list[Candidate]:
+        """The same for requests of parts of candidates, whose price `piece_usages` keeps."""
+        pieces = await self.generate_requests(requests)
+        self.piece_usages += [piece.usage for piece in pieces]
+        return pieces
 
     def start(self, index: int) -> RunningCandidate:
         """Start a candidate that can be watched and stopped; `aclose` stops what still runs."""

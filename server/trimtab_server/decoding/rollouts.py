@@ -85,6 +85,7 @@ def _reference(result: JobResult, prompt_index: int, candidate: Candidate, num_d
 def _base(result: JobResult, prompt_index: int, candidate: Candidate, body: dict[str, Any]) -> Rollout:
     """An unsteered rollout; its base and steered log-probabilities are the same."""
     job: GenerationJob = result.job
+    restriction = candidate.choice.get("black_box")
     return Rollout(
         id=f"{job.id}-{prompt_index}-ref-{candidate.index}",
         request_id=job.id,
@@ -100,7 +101,8 @@ def _base(result: JobResult, prompt_index: int, candidate: Candidate, body: dict
         steering=[],
         base_logprobs=candidate.token_logprobs,
         steered_logprobs=candidate.token_logprobs,
-        sampling={key: value for key, value in body.items() if key not in _NOT_SAMPLING},
+        sampling={key: value for key, value in body.items() if key not in _NOT_SAMPLING}
+        | ({} if restriction is None else {"black_box": restriction}),
         candidate_index=candidate.index,
         finish_reason=candidate.finish_reason,
         metadata={**job.metadata, "prompt_index": prompt_index, "engine": candidate.engine},

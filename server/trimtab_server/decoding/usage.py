@@ -4,6 +4,8 @@
 `prompt_tokens` counts each prompt once.
 Reference rollouts drawn to calibrate a reward were not asked for as an answer, so their generated tokens stand apart
 in `reference_tokens`, which is there only when some were drawn.
+With a black-box base `black_box` is what its provider billed: other numbers, because each token is a call that sends
+the prompt again. It counts everything, references included; calls that failed cannot be told.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +27,11 @@ def total_usage(prompts: Sequence[PromptResult]) -> dict[str, Any]:
         usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
     if references := [candidate for prompt in prompts for candidate in prompt.references]:
         usage["reference_tokens"] = _sum(references, "completion_tokens")
+    billed = [candidate.usage.get("black_box") for prompt in prompts for candidate in prompt.candidates]
+    billed += [candidate.usage.get("black_box") for prompt in prompts for candidate in prompt.references]
+    billed += [piece.get("black_box") for prompt in prompts for piece in prompt.piece_usages]
+    if known := [cost for cost in billed if cost is not None]:
+        usage["black_box"] = {name: sum(int(cost[name]) for cost in known) for name in known[0]}
     return usage
 
 

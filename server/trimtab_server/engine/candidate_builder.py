@@ -66,6 +66,8 @@ class CandidateBuilder:
             "token_ids": self.token_ids,
             "prompt_token_ids": self.prompt_token_ids,
         }
+        if (restriction := self._last.get("black_box")) is not None:
+            choice["black_box"] = restriction
         if self._request.endpoint == "completions":
             choice["text"] = text
         else:

@@ -24,13 +24,13 @@ from trimtab_adapters.contract.engine_api import (
     VersionRequest,
 )
 from trimtab_adapters.contract.errors import (
-    AdapterError,
     AdapterMemoryFullError,
     EngineDiedError,
     EngineError,
     EngineRequestError,
     EngineUnavailableError,
     SteeringError,
+    adapter_error,
 )
 from trimtab_adapters.contract.params import SteeringParams, VersionId, is_failed_logprob
 from trimtab_adapters.contract.records import SteeringRecord
@@ -227,9 +227,9 @@ class VllmEngine:
                 raise
             if exc.error.get("code") == AdapterMemoryFullError.default_code:
                 raise AdapterMemoryFullError(exc.message) from exc
-            raise _adapter_error(exc.message, exc.error.get("code")) from exc
+            raise adapter_error(exc.message, exc.error.get("code")) from exc
         if loaded.state == "failed":
-            raise _adapter_error(loaded.error or f"the engine could not load version {version}", loaded.error_code)
+            raise adapter_error(loaded.error or f"the engine could not load version {version}", loaded.error_code)
         return loaded
 
     async def commit(self, version: VersionId) -> LoadedVersion:
@@ -400,13 +400,6 @@ def _error_object(response: httpx.Response) -> dict[str, Any]:
 
 def _message(response: httpx.Response) -> str:
     return str(_error_object(response).get("message") or f"status {response.status_code}")
-
-
-def _adapter_error(message: str, code: object) -> AdapterError:
-    for kind in AdapterError.__subclasses__():
-        if kind.default_code == code:
-            return kind(message)
-    return AdapterError(message, code=code if isinstance(code, str) else None)
 
 
 def _parsed(model: type[M], response: httpx.Response) -> M:

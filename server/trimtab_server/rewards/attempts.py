@@ -11,7 +11,7 @@ import stamina
 
 from trimtab_adapters.contract.errors import RewardChangedError, RewardError, RewardUnavailableError
 from trimtab_adapters.contract.rewards import AsyncRewardModel, RewardInput, RewardModel, check_scores
-from trimtab_server.rewards.breaker import Breaker
+from trimtab_server.breaker import Breaker
 from trimtab_server.rewards.limits import RewardLimits
 from trimtab_server.rewards.worker_thread import WorkerThread
 

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from trimtab_adapters.contract.errors import RewardChangedError, RewardError, RewardUnavailableError
 from trimtab_adapters.contract.rewards import RewardInput
+from trimtab_server.breaker import Breaker, BreakerState
 from trimtab_server.rewards.attempts import AnyReward, AttemptObserver, GuardedModel, Scored, is_async
 from trimtab_server.rewards.batch_queue import BatchQueue
-from trimtab_server.rewards.breaker import Breaker, BreakerState
 from trimtab_server.rewards.limits import RewardLimits
 from trimtab_server.rewards.score_cache import ScoreCache
 
@@ -58,7 +58,11 @@ class BatchedReward:
         self._limits = limits or RewardLimits()
         self._observer = observer
         self._breaker = Breaker(
-            model.name, threshold=self._limits.breaker_threshold, cooldown_s=self._limits.breaker_cooldown_s
+            f"the reward {model.name!r}",
+            threshold=self._limits.breaker_threshold,
+            cooldown_s=self._limits.breaker_cooldown_s,
+            is_away=lambda exc: isinstance(exc, RewardUnavailableError),
+            refusal=lambda message, wait_s: RewardUnavailableError(message, retry_after_s=wait_s, is_retriable=False),
         )
         self._cache = ScoreCache(max_size=self._limits.cache_size, ttl_s=self._limits.cache_ttl_s)
         guarded = GuardedModel(model, self._limits, self._breaker, observer)

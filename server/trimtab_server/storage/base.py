@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 from trimtab_adapters.contract.calibration import ReferenceScores
 from trimtab_adapters.contract.manifest import Manifest
-from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, SteeringRequest
+from trimtab_adapters.contract.params import AdapterWeight, SteeringOptions, SteeringRequest, VersionId
 from trimtab_adapters.contract.pooled_calibration import PooledCalibrator
 from trimtab_adapters.contract.records import RewardValue, Rollout
 from trimtab_adapters.contract.rewards import RewardSpec
@@ -32,6 +32,44 @@ class AdapterVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A new version that a share of a route's requests tries, until it is promoted or rolled back.
+
+    Attributes:
+        version: The new one.
+        steering: What the share is steered by, the new version among it.
+        percent: Of the route's requests.
+        num_answers: Requests of the share after which it is promoted, unless its answers are worse.
+        min_answers: With fewer when the time is up it is rolled back.
+        timeout_s: Time after which it ends.
+    """
+
+    version: VersionId
+    steering: tuple[AdapterWeight, ...]
+    percent: float
+    num_answers: int
+    min_answers: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryArm:
+    """On which side of a canary a request came to lie.
+
+    Attributes:
+        revision: Of the route.
+        version: The new one, whether the request tries it or not.
+        percent: Of the route's requests.
+        is_canary: Whether it tries it.
+    """
+
+    revision: int
+    version: VersionId
+    percent: float
+    is_canary: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRevision:
     """One state of a route: a public model name with its steering and defaults. Revisions are never changed."""
 
@@ -43,6 +81,12 @@ class RouteRevision:
     created_at: float = 0.0
     comment: str = ""
     options: SteeringOptions = NO_OPTIONS
+    canary: Canary | None = None
+
+    @property
+    def weights(self) -> tuple[AdapterWeight, ...]:
+        """Every version that a request to the route may be steered by, with its weight."""
+        return self.steering if self.canary is None else (*self.steering, *self.canary.steering)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +101,20 @@ class ResolvedModel:
     reward: str | None = None
     options: SteeringOptions = NO_OPTIONS
     """The route's, with those of the request in their place."""
+    canary: CanaryArm | None = None
+    """None unless the route has a canary and the request left the adapters to the route."""
 
 
 class Catalog(Protocol):
     """Adapters and routes. The database is the truth; reads come from memory."""
 
-    async def resolve(self, model: str, steering: SteeringRequest | None) -> ResolvedModel:
-        """Raises `NotFoundError` for an unknown model, adapter or version, `InvalidRequestError` for a retired one."""
+    async def resolve(
+        self, model: str, steering: SteeringRequest | None, request_id: str | None = None
+    ) -> ResolvedModel:
+        """What a request means; its id decides about canaries, which nobody tries without one.
+
+        Raises `NotFoundError` for an unknown model, adapter or version, `InvalidRequestError` for a retired one.
+        """
         ...
 
     async def version(self, version: str) -> AdapterVersion:

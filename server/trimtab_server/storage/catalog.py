@@ -14,8 +14,9 @@ from trimtab_adapters.contract.errors import ConflictError, InvalidRequestError,
 from trimtab_adapters.contract.manifest import Manifest
 from trimtab_adapters.contract.params import AdapterName, AdapterWeight, SteeringOptions, SteeringRequest
 from trimtab_adapters.store import VersionStore
-from trimtab_server.storage.base import NO_OPTIONS, AdapterVersion, ResolvedModel, RouteRevision
-from trimtab_server.storage.catalog_state import CatalogState, dump_options, dump_steering, revision_of
+from trimtab_server.canary.split import takes_canary
+from trimtab_server.storage.base import NO_OPTIONS, AdapterVersion, CanaryArm, ResolvedModel, RouteRevision
+from trimtab_server.storage.catalog_state import CatalogState, dump_canary, dump_options, dump_steering, revision_of
 from trimtab_server.storage.database import Database
 from trimtab_server.storage.tables import adapter_versions, route_revisions, routes
 
@@ -59,12 +60,16 @@ class SqlCatalog:
         """All versions and routes as last read."""
         return self._state
 
-    async def resolve(self, model: str, steering: SteeringRequest | None) -> ResolvedModel:
+    async def resolve(
+        self, model: str, steering: SteeringRequest | None, request_id: str | None = None
+    ) -> ResolvedModel:
         """Pin a request's `model` and `steering` to exact versions.
 
         Args:
             model: The base model's name or a route's.
             steering: Its adapters, where given, replace the route's; so does each option that is given, also as None.
+            request_id: Decides whether the request tries the route's canary; without one, or with adapters of its own,
+                it does not.
 
         Raises:
             NotFoundError: An unknown model, adapter or version.
@@ -76,8 +81,14 @@ class SqlCatalog:
         if revision is None and model != self.base_model:
             raise NotFoundError(f"The model `{model}` does not exist", param="model", code="model_not_found")
         terms = revision.steering if revision is not None else ()
+        arm = None
         if steering is not None and steering.adapters is not None:
             terms = state.resolve(steering)
+        elif revision is not None and revision.canary is not None and request_id is not None:
+            canary = revision.canary
+            is_canary = takes_canary(model, revision.revision, request_id, canary.percent)
+            arm = CanaryArm(revision.revision, canary.version, canary.percent, is_canary)
+            terms = canary.steering if is_canary else terms
         return ResolvedModel(
             model=model,
             base_model=self.base_model,
@@ -85,6 +96,7 @@ class SqlCatalog:
             best_of=revision.best_of if revision is not None else None,
             reward=revision.reward if revision is not None else None,
             options=(revision.options if revision is not None else NO_OPTIONS).overridden_by(steering),
+            canary=arm,
         )
 
     async def version(self, version: str) -> AdapterVersion:
@@ -102,7 +114,7 @@ class SqlCatalog:
     async def active_versions(self) -> Sequence[AdapterVersion]:
         """Versions that some route uses now, and those that are pinned."""
         state = self._state
-        wanted = {weight.version: None for revision in state.routes.values() for weight in revision.steering}
+        wanted = {weight.version: None for revision in state.routes.values() for weight in revision.weights}
         wanted |= {version.version: None for version in state.versions.values() if version.pinned_at is not None}
         return [state.version(version) for version in wanted]
 
@@ -252,7 +264,7 @@ class SqlCatalog:
         """
         self.check_route_name(route)
         draft = RouteRevision(route, 0, tuple(steering), best_of, reward, comment=comment, options=options)
-        return await self._write_revision(route, lambda connection, state: draft)
+        return await self.write_revision(route, lambda connection, state: draft)
 
     def plan_activation(
         self, route: str, adapter: str, version: str | None = None, alpha: float | None = None
@@ -302,7 +314,7 @@ class SqlCatalog:
         comment: str = "",
         expected_revision: int | None = None,
     ) -> RouteRevision:
-        """Give a route other adapters; all else stays. The route is made when there is none.
+        """Give a route other adapters; all else but a canary stays. The route is made when there is none.
 
         Args:
             route: Its public model name.
@@ -321,9 +333,9 @@ class SqlCatalog:
             current = state.routes.get(route, RouteRevision(route, 0, ()))
             if expected_revision not in (None, current.revision):
                 raise ConflictError(f"the route `{route}` was changed at the same time; look at it and try again")
-            return replace(current, steering=tuple(steering), comment=comment)
+            return replace(current, steering=tuple(steering), comment=comment, canary=None)
 
-        return await self._write_revision(route, draft)
+        return await self.write_revision(route, draft)
 
     async def earlier_revision(self, route: str, revision: int | None = None) -> RouteRevision:
         """The revision that a rollback would return to: the one named, or the one before the current.
@@ -337,7 +349,7 @@ class SqlCatalog:
         )
 
     async def rollback(self, route: str, revision: int | None = None) -> RouteRevision:
-        """Make a new revision that equals an earlier one: the one named, or the one before the current.
+        """Make a new revision that equals an earlier one but for its canary: the one named, or the one before.
 
         Raises:
             NotFoundError: There is no such route or revision.
@@ -346,10 +358,10 @@ class SqlCatalog:
 
         def draft(connection: Connection, state: CatalogState) -> RouteRevision:
             earlier = _earlier(connection, state.route(route), revision)
-            return replace(earlier, comment=f"rollback to revision {earlier.revision}")
+            return replace(earlier, comment=f"rollback to revision {earlier.revision}", canary=None)
 
         try:
-            return await self._write_revision(route, draft)
+            return await self.write_revision(route, draft)
         except InvalidRequestError as exc:
             raise ConflictError(f"the route `{route}` cannot be rolled back: {exc.message}", code=exc.code) from exc
 
@@ -387,14 +399,24 @@ class SqlCatalog:
                 param="route",
             ) from exc
 
-    async def _write_revision(
+    async def write_revision(
         self, route: str, draft: Callable[[Connection, CatalogState], RouteRevision]
     ) -> RouteRevision:
+        """Add a revision of a route and make it the current one; its number and time are given here.
+
+        Args:
+            route: Its name.
+            draft: Makes the revision from the state that the write sees; what it raises ends the write.
+
+        Raises:
+            InvalidRequestError: A version that is retired.
+            NotFoundError: An unknown version.
+        """
         last = select(func.max(route_revisions.c.revision)).where(route_revisions.c.route == route)
 
         def work(connection: Connection, state: CatalogState) -> None:
             revision = draft(connection, state)
-            for weight in revision.steering:
+            for weight in revision.weights:
                 state.choose(weight.name, weight.version)
             number = (connection.execute(last).scalar_one() or 0) + 1
             row = {
@@ -406,6 +428,7 @@ class SqlCatalog:
                 "created_at": self._clock(),
                 "comment": revision.comment,
                 "options": dump_options(revision.options),
+                "canary": dump_canary(revision.canary),
             }
             connection.execute(route_revisions.insert().values(row))
             pointer = self._database.insert(routes).values(name=route, revision=number)

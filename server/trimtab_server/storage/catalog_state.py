@@ -1,9 +1,9 @@
 """What the catalog holds in memory: all adapter versions and the current revision of each route, as one value."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, RowMapping, select
 
@@ -16,7 +16,7 @@ from trimtab_adapters.contract.params import (
     SteeringOptions,
     SteeringRequest,
 )
-from trimtab_server.storage.base import AdapterVersion, RouteRevision
+from trimtab_server.storage.base import AdapterVersion, Canary, RouteRevision
 from trimtab_server.storage.tables import adapter_versions, route_revisions, routes
 
 
@@ -51,7 +51,7 @@ class CatalogState:
         return cls(
             MappingProxyType({version.version: version for version in versions}),
             MappingProxyType({revision.route: revision for revision in revisions}),
-            frozenset(weight.version for revision in revisions for weight in revision.steering),
+            frozenset(weight.version for revision in revisions for weight in revision.weights),
         )
 
     def route(self, name: str) -> RouteRevision:
@@ -88,7 +88,7 @@ class CatalogState:
 
     def users_of(self, version: str) -> list[str]:
         """Names of the routes whose current revision uses a version."""
-        return [r.route for r in self.routes.values() if any(w.version == version for w in r.steering)]
+        return [r.route for r in self.routes.values() if any(w.version == version for w in r.weights)]
 
     def is_kept(self, version: str) -> bool:
         """Whether a version stays in the engine's memory: a route uses it, or it is pinned."""
@@ -153,7 +153,8 @@ def revision_of(row: RowMapping) -> RouteRevision:
     """A row of `route_revisions` as a value."""
     steering = tuple(AdapterWeight.model_validate(weight) for weight in row["steering"])
     options = SteeringOptions.model_validate(row["options"] or {})
-    return RouteRevision(**{**row, "steering": steering, "options": options})
+    canary = None if row["canary"] is None else _canary(row["canary"])
+    return RouteRevision(**{**row, "steering": steering, "options": options, "canary": canary})
 
 
 def dump_steering(steering: Iterable[AdapterWeight]) -> list[dict[str, object]]:
@@ -164,6 +165,15 @@ def dump_steering(steering: Iterable[AdapterWeight]) -> list[dict[str, object]]:
 def dump_options(options: SteeringOptions) -> dict[str, object] | None:
     """The JSON form of a steering's options in `route_revisions`; None, as in old revisions, where there are none."""
     return options.model_dump(exclude_none=True) or None
+
+
+def dump_canary(canary: Canary | None) -> dict[str, object] | None:
+    """The JSON form of a canary in `route_revisions`."""
+    return None if canary is None else {**asdict(canary), "steering": dump_steering(canary.steering)}
+
+
+def _canary(data: Mapping[str, Any]) -> Canary:
+    return Canary(**{**data, "steering": tuple(AdapterWeight.model_validate(weight) for weight in data["steering"])})
 
 
 def _version(row: RowMapping) -> AdapterVersion:

@@ -69,6 +69,7 @@ route_revisions = Table(
     Column("created_at", Double, nullable=False),
     Column("comment", ExactText, nullable=False),
     Column("options", JsonText),
+    Column("canary", JsonText),
 )
 
 routes = Table(

@@ -128,7 +128,8 @@ def make_config(tmp_path: Path, model_dirs: dict[str, Path], prompt_file: Path) 
             "fresh": {"source": "local", "interval": 5, "min_pool_size": 1},
             "sampling": {"max_tokens": 6},
             "optimiser": {"batch_size": 8, "lr": 1e-3},
-            "evaluation": {"share": 0.25, "num_resamples": 100},
+            "evaluation": {"share": 0.25, "num_resamples": 100, "num_per_prompt": 2},
+            "report": {"plots": False},
             "steps": 10,
             "log_every": 1,
         }
@@ -210,6 +211,8 @@ class FakeGateway:
                 return httpx.Response(200, json={})
             case ["admin", "routes", route] if route in self.routes:
                 return httpx.Response(200, json=self.routes[route])
+            case ["admin", "routes", route, "promote"] if route in self.routes:
+                return httpx.Response(200, json={})
             case ["admin", "routes", route, "activate"]:
                 self.routes[route] = body
                 return httpx.Response(200, json={})

@@ -8,7 +8,14 @@ from pydantic import BaseModel
 from trimtab_adapters.contract.errors import InvalidRequestError
 from trimtab_training.config import GatewayConfig, PromptFile, TrainConfig, load_config, parse_config
 from trimtab_training.logged_config import LoggedConfig
-from trimtab_training.objective_config import QuarkConfig
+from trimtab_training.objective_config import (
+    BonbonConfig,
+    NlpoConfig,
+    PpoConfig,
+    QuarkConfig,
+    RlooConfig,
+    VbonConfig,
+)
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "out",
@@ -89,13 +96,31 @@ def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
         ({"fresh": {"source": "local"}, "sampling": {"stop": ["."]}}, "sampling.stop"),
         ({"logged": {"enabled": False}}, "prompts.type"),
         ({"prompts": {"type": "file", "path": "p"}, "logged": {"enabled": False}, "fresh": {"interval": 0}}, "learn"),
-        ({"publish": {"route": "r"}, "evaluation": {"share": 0}}, "require_improvement"),
+        ({"publish": {"route": "r"}, "evaluation": {"share": 0}}, "require_gate"),
+        ({"gate": {"max_kl": 1}}, "gate.max_kl"),
+        ({"gate": {"max_perplexity_ratio": 0}}, "gate.max_perplexity_ratio"),
+        ({"gate": {"refused_signatures": ["odd"]}}, "gate.refused_signatures"),
+        ({"gate": {"min_second_reward_difference": 0}}, "second_reward"),
+        ({"evaluation": {"second_reward": {"name": "r"}}}, "second_reward"),
+        ({"evaluation": {"procedure": "best_of_n"}}, "evaluation.procedure"),
+        ({"evaluation": {"procedure": "served:{}"}}, "evaluation.procedure"),
+        ({"evaluation": {"refusal_phrases": [" "]}}, "evaluation.refusal_phrases"),
+        ({"report": {"num_samples": 0}}, "report.num_samples"),
         ({"gateway": None}, "[gateway]"),
         ({"logged": {"path": "log.csv"}}, "logged.path"),
         ({"logged": {"min_reward": 0.5}}, "`reward`"),
         ({"logged": {"min_rating": 2}}, "logged.min_rating"),
         ({"objective": {"kind": "rloo"}, "fresh": {"num_per_prompt": 2}, "logged": {"min_rating": 0}}, "min_rating"),
         ({"objective": {"kind": "rloo"}, "fresh": {"num_per_prompt": 2}, "logged": {"reward": "r"}}, "chosen by what"),
+        ({"objective": {"kind": "ppo"}, "sampling": {"temperature": 0.5}}, "temperature = 1"),
+        ({"objective": {"kind": "ppo", "kl_coef": 0.0, "kl_target": 0.1}}, "kl_target"),
+        ({"objective": {"kind": "nlpo"}}, "an engine cannot"),
+        ({"objective": {"kind": "nlpo"}, "fresh": {"source": "local"}}, "under its mask: set logged.enabled = false"),
+        ({"objective": {"kind": "bonbon"}}, "fresh.num_per_prompt to 8"),
+        (
+            {"objective": {"kind": "bonbon", "n": 4}, "fresh": {"num_per_prompt": 4}},
+            "from the base: set logged.enabled",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_and_named(change: dict[str, Any], named: str) -> None:
@@ -160,10 +185,25 @@ def test_a_missing_or_malformed_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_field_has_a_sentence() -> None:
-    waiting: list[type[BaseModel]] = [TrainConfig, GatewayConfig, PromptFile]
+    objectives: list[type[BaseModel]] = [QuarkConfig, RlooConfig, VbonConfig, PpoConfig, NlpoConfig, BonbonConfig]
+    waiting: list[type[BaseModel]] = [TrainConfig, GatewayConfig, PromptFile, *objectives]
     while waiting:
         section = waiting.pop()
         for name, field in section.model_fields.items():
-            assert name == "type" or (field.description or "").endswith("."), f"{section.__name__}.{name}"
+            assert name in ("type", "kind") or (field.description or "").endswith("."), f"{section.__name__}.{name}"
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 waiting.append(field.annotation)
+
+
+def test_the_older_name_of_the_gates_switch_is_read() -> None:
+    assert not parse_config(changed(publish={"require_improvement": False})).publish.require_gate
+    assert not parse_config(changed(publish={"require_gate": False})).publish.require_gate
+    assert parse_config(MINIMAL).publish.require_gate
+
+
+def test_a_threshold_is_dropped_by_the_word_off() -> None:
+    assert parse_config(MINIMAL).gate.max_perplexity_ratio == 1.5
+    for value in ("off", None):
+        config = parse_config(changed(gate={"max_perplexity_ratio": value}))
+        assert config.gate.max_perplexity_ratio is None
+        assert parse_config(config.model_dump(mode="json")) == config

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from trimtab_adapters.contract.errors import ConflictError
 from trimtab_adapters.contract.manifest import read_manifest
@@ -69,6 +70,7 @@ def test_an_interrupted_and_resumed_distillation_ends_with_the_same_weights(
     class StopsAtFive(Interruption):
         calls = 0
 
+        @override
         def check(self) -> None:
             self.calls += 1
             if self.calls == 6:

@@ -3,12 +3,14 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from trimtab_adapters.contract.errors import WeightsError
 from trimtab_training.config import OptimiserConfig
 from trimtab_training.learner import Learner, learning_rate
 from trimtab_training.models import Vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
+from trimtab_training.policy import TailoredPolicy
 from trimtab_training.wiring import build_learner
 
 ITEM = ScoredRollout((1, 2), (3, 4, 5), 1.0, group=0)
@@ -55,6 +57,31 @@ def test_only_the_adapter_is_trained(make_config: Any, vocabulary: Vocabulary) -
     assert all(bool((tensor == base[name]).all()) for name, tensor in trained.policy.base.state_dict().items())
     assert any(bool((tensor != adapter[name]).any()) for name, tensor in trained.policy.adapter.state_dict().items())
     assert not any(parameter.requires_grad for parameter in trained.policy.base.parameters())
+
+
+def test_a_scaled_start_begins_close_to_the_base(make_config: Any, vocabulary: Vocabulary) -> None:
+    row = ([ITEM.prompt_token_ids], [ITEM.output_token_ids], [()])
+    kl = {}
+    for scale in (1.0, 0.01):
+        built, _ = build_learner(make_config(models={"start_scale": scale}), vocabulary, None)
+        kl[scale] = float(built.policy.forward(*row).kl().max())
+    # For a small change of the logits KL is half their variance, so a hundredth of it costs 1e-4 of the KL; the full
+    # change is not small, which is why there is a factor of 10 to spare.
+    assert kl[1.0] > 0.05
+    assert kl[0.01] < 1e-3 * kl[1.0]
+
+
+def test_another_policy_may_put_base_and_adapter_together(make_config: Any, vocabulary: Vocabulary) -> None:
+    class AdapterAlone(TailoredPolicy):
+        @override
+        def steer(self, base_logits: Any, adapter_logits: Any) -> Any:
+            return adapter_logits[..., : self.num_known].float()
+
+    built, _ = build_learner(make_config(), vocabulary, None, build_policy=AdapterAlone)
+    output = built.policy.forward([(1, 2)], [(3,)], [()])
+    with torch.no_grad():
+        own = built.policy.adapter(input_ids=torch.tensor([[1, 2]])).logits[0, -1, : built.policy.num_known]
+    assert torch.allclose(output.steered_logits[0, 0], own, atol=1e-5)
 
 
 def test_each_quantile_is_trained_under_its_own_control_token(make_config: Any, vocabulary: Vocabulary) -> None:
@@ -112,17 +139,31 @@ class Share:
         raise NotImplementedError
 
 
-def test_two_processes_take_the_step_that_one_takes(make_config: Any, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "quark"},
+        {"kind": "rloo"},
+        {"kind": "ppo", "entropy_coef": 0.1},
+        {"kind": "nlpo", "mask_top_p": 0.5, "mask_min_tokens": 3},
+        {"kind": "bonbon", "n": 2},
+    ],
+    ids=lambda objective: str(objective["kind"]),
+)
+def test_two_processes_take_the_step_that_one_takes(
+    make_config: Any, vocabulary: Vocabulary, objective: dict[str, Any]
+) -> None:
     """The second process ends with the sum of both gradients; its step must be the single process's."""
-    rollouts = [ScoredRollout((1, 2), tuple(range(3, 5 + i)), float(i), group=i) for i in range(5)]
-    settings = {"batch_size": 2, "grad_accumulation": 3}
-    alone, _ = build_learner(make_config(optimiser=settings), vocabulary, None)
+    rollouts = [ScoredRollout((1, 2 + i // 2), tuple(range(3, 5 + i)), float(i), group=i // 2) for i in range(10)]
+    config = make_config(
+        objective=objective, fresh={"num_per_prompt": 2}, optimiser={"batch_size": 2, "grad_accumulation": 3}
+    )
+    alone, _ = build_learner(config, vocabulary, None)
     alone.add_rollouts(rollouts)
     expected = alone.train_step()
     figures: dict[str, float] = {}
     tensors: list[torch.Tensor] = []
     for rank in (0, 1):
-        config = make_config(optimiser=settings)
         built, _ = build_learner(config, vocabulary, None)
         shared = Learner(
             built.policy,
@@ -135,7 +176,8 @@ def test_two_processes_take_the_step_that_one_takes(make_config: Any, vocabulary
         metrics = shared.train_step()
     assert metrics.num_units == expected.num_units
     assert (metrics.loss, metrics.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-4)
-    assert metrics.figures == pytest.approx(dict(expected.figures), rel=1e-4)
+    # `abs` for the policy loss: normalised advantages sum to 0
+    assert metrics.figures == pytest.approx(dict(expected.figures), rel=1e-4, abs=1e-6)
 
 
 def test_how_the_models_are_computed_with_is_a_matter_of_the_configuration(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab_adapters.contract.errors import AdapterError, VocabularyError, WeightsError
+from trimtab_adapters.contract.errors import AdapterError, InvalidRequestError, VocabularyError, WeightsError
 from trimtab_adapters.contract.manifest import read_manifest
 from trimtab_training.models import (
     Vocabulary,
@@ -15,6 +15,7 @@ from trimtab_training.models import (
     load_causal_lm,
     load_vocabulary,
     save_causal_lm,
+    scale_logits,
 )
 from trimtab_training.publish import VersionInfo, write_version
 
@@ -77,6 +78,42 @@ def test_a_published_version_is_continued_with_its_control_tokens(
     assert again.parent == read_manifest(directory.path).version_id
     other = load_adapter_start(directory.path, vocabulary, num_bins=2, seed=0, device="cpu")
     assert (other.control_token_ids, other.fixed_prefix) == ((67, 68), (9, 8))
+
+
+@pytest.mark.parametrize("name", ["adapter", "untied", "gpt2"])
+def test_a_scaled_start_has_scaled_logits_and_begins_close_to_the_base(
+    model_dirs: dict[str, Path], vocabulary: Vocabulary, name: str
+) -> None:
+    ids = torch.tensor([[5, 9, 30, 2]])
+    plain, scaled = (
+        load_adapter_start(model_dirs[name], vocabulary, num_bins=2, seed=0, device="cpu", start_scale=scale).model
+        for scale in (1.0, 0.01)
+    )
+    with torch.no_grad():
+        before, after = (model(input_ids=ids).logits[..., :NUM_TOKENS] for model in (plain, scaled))
+    # Through one matrix product in float32, so equal to its rounding.
+    assert torch.allclose(after, 0.01 * before, rtol=1e-4, atol=1e-6)
+    # KL(uniform-ish || uniform) falls with the square of the logits: by 1e-4, up to the third order.
+    kl_before, kl_after = (
+        (torch.log_softmax(logits, -1) + torch.log(torch.tensor(float(NUM_TOKENS)))).mul(logits.softmax(-1)).sum(-1)
+        for logits in (before, after)
+    )
+    assert bool((kl_after < 1e-3 * kl_before.clamp(min=0.05)).all())
+
+
+def test_a_version_is_not_scaled(model_dirs: dict[str, Path], vocabulary: Vocabulary, tmp_path: Path) -> None:
+    start = load_adapter_start(model_dirs["adapter"], vocabulary, num_bins=0, seed=0, device="cpu")
+    directory = write_version(tmp_path, start.model, vocabulary, VersionInfo("a", 1.0, (), {}))
+    with pytest.raises(InvalidRequestError, match=r"models\.start_scale"):
+        load_adapter_start(directory.path, vocabulary, num_bins=0, seed=0, device="cpu", start_scale=0.1)
+
+
+def test_a_model_whose_logits_do_not_follow_its_norm_is_not_scaled(model_dirs: dict[str, Path]) -> None:
+    model = load_causal_lm(model_dirs["untied"], dtype=torch.float32, device="cpu")
+    bias = torch.nn.Linear(32, NUM_TOKENS, bias=True)
+    model.set_output_embeddings(bias)
+    with pytest.raises(AdapterError, match="do not follow its final norm"):
+        scale_logits(model, 0.1)
 
 
 def test_another_tokenizer_is_refused(model_dirs: dict[str, Path], vocabulary: Vocabulary, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from trimtab_training.policy import TailoredPolicy, evaluating
+from trimtab_training.policy import PolicyOutput, TailoredPolicy, evaluating
 
 NUM_KNOWN = 64
 PROMPTS = [(5, 6, 7), (9,), (10, 11, 12, 13, 14, 15)]
@@ -45,7 +46,7 @@ def test_a_padded_batch_gives_what_a_loop_by_hand_gives(
     output = policy.forward(PROMPTS, OUTPUTS, prefixes)
     assert output.mask.sum(dim=-1).tolist() == [2, 4, 1]
     steered_tokens, base_tokens = output.token_logprobs()
-    kl = output.kl()
+    kl, entropy = output.kl(), output.entropy()
     for row, (prompt, tokens, prefix) in enumerate(zip(PROMPTS, OUTPUTS, prefixes, strict=True)):
         steered, plain = by_hand(base, adapter, prompt, tokens, prefix, alpha)
         num = len(tokens)
@@ -55,8 +56,10 @@ def test_a_padded_batch_gives_what_a_loop_by_hand_gives(
         assert torch.allclose(steered_tokens[row, :num], steered.gather(-1, chosen)[:, 0], atol=1e-5)
         assert torch.allclose(base_tokens[row, :num], plain.gather(-1, chosen)[:, 0], atol=1e-5)
         assert torch.allclose(kl[row, :num], (steered.exp() * (steered - plain)).sum(dim=-1), atol=1e-5)
+        assert torch.allclose(entropy[row, :num], -(steered.exp() * steered).sum(dim=-1), atol=1e-5)
         assert not steered_tokens[row, num:].any()
         assert not kl[row, num:].any()
+        assert not entropy[row, num:].any()
 
 
 def test_the_order_of_rows_does_not_matter(model_dirs: dict[str, Path]) -> None:
@@ -109,3 +112,16 @@ def test_evaluating_puts_the_mode_back_after_an_error(model_dirs: dict[str, Path
         fail_inside()
     assert model.training
     assert torch.is_grad_enabled()
+
+
+def test_a_token_that_the_base_forbids_adds_nothing_to_the_entropy() -> None:
+    """Probabilities 1/4, 3/4 and 0. The gradient of the entropy H for a logit is -p (log p + H)."""
+    logits = torch.tensor([[[0.0, math.log(3.0), -torch.inf]]], requires_grad=True)
+    a_token = torch.zeros(1, 1, dtype=torch.long)
+    entropy = PolicyOutput(logits, logits.detach(), a_token, mask=a_token == 0).entropy().sum()
+    entropy.backward()  # type: ignore[no-untyped-call]
+    expected = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    slope = 0.25 * (math.log(0.25) + expected)
+    assert float(entropy.detach()) == pytest.approx(expected)
+    assert logits.grad is not None
+    assert logits.grad[0, 0].tolist() == pytest.approx([-slope, slope, 0.0], abs=1e-6)

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.policy import TailoredPolicy
-from trimtab_training.sampler import sample_outputs
+from trimtab_training.sampler import AllowedTokens, sample_outputs, smallest_set
 
 PROMPTS = [(5, 6, 7), (9,), (10, 11, 12, 13, 14, 15)]
 PREFIX = (64,)
@@ -119,3 +120,52 @@ def test_sampling_stops_when_asked_and_leaves_the_mode(policy: TailoredPolicy) -
     with pytest.raises(TrainingInterrupted):
         draw(policy, PROMPTS, interruption=interruption)
     assert policy.adapter.training
+
+
+def test_the_smallest_set_reaches_its_share_and_has_its_fewest_tokens() -> None:
+    probabilities = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.1, 0.2, 0.3, 0.4]])
+
+    def kept(share: float, min_tokens: int = 1) -> list[list[int]]:
+        rows = smallest_set(probabilities, share=share, min_tokens=min_tokens)
+        return [row.nonzero().flatten().tolist() for row in rows]
+
+    assert kept(0.45) == [[1], [2, 3]]
+    assert kept(0.75) == [[1, 3], [1, 2, 3]]
+    assert kept(0.45, min_tokens=2) == [[1, 3], [2, 3]]
+    assert kept(0.45, min_tokens=9) == kept(1.0) == [[0, 1, 2, 3]] * 2
+    halves = torch.tensor([0.5, 0.25, 0.25])
+    assert smallest_set(halves, share=0.5).tolist() == [True, False, False]  # exactly enough is enough
+
+
+def test_a_mask_is_begun_for_each_batch_and_asked_before_each_token(policy: TailoredPolicy) -> None:
+    """The first token must be even, every later one the one before plus 1, whatever the policy thinks of it."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.begun: list[list[tuple[int, ...]]] = []
+
+        def begin(self, policy: TailoredPolicy, prompt_token_ids: Sequence[Sequence[int]]) -> AllowedTokens:
+            self.begun.append([tuple(prompt) for prompt in prompt_token_ids])
+
+            def allowed(base_logits: torch.Tensor, newest: torch.Tensor | None) -> torch.Tensor:
+                tokens = torch.arange(64)[None]
+                return (tokens % 2 == 0).expand(3, -1) if newest is None else tokens == (newest[:, None] + 1) % 64
+
+            return allowed
+
+    mask = Counting()
+    for _ in range(2):
+        outputs = sample_outputs(
+            policy,
+            PROMPTS,
+            PREFIX,
+            max_tokens=5,
+            temperature=1.0,
+            top_p=1.0,
+            end_token_ids=(),
+            generator=torch.Generator().manual_seed(0),
+            mask=mask,
+        )
+        assert all(output[0] % 2 == 0 for output in outputs)
+        assert all(output == [(output[0] + i) % 64 for i in range(5)] for output in outputs)
+    assert mask.begun == [PROMPTS, PROMPTS]

@@ -1,15 +1,18 @@
 """Means over prompts with their errors. Prompts are the units, since samples of one prompt have it in common."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+
+Statistic = Callable[..., Any]
+"""Takes columns `[..., prompts]` and the name `axis`; gives `[...]`."""
 
 IntervalMethod = Literal["bca", "percentile", "t"]
 """`t` is mean ± t · standard error with one degree of freedom less than there are prompts; `bca` and `percentile`
@@ -72,6 +75,26 @@ class Intervals:
             return None
         return self._estimate(numerators, denominators, None)
 
+    def statistic(self, function: Statistic, *columns: Floats) -> Estimate:
+        """Anything else that is computed from sums or means of columns over prompts.
+
+        The standard error is the jackknife's.
+
+        Args:
+            function: Of the columns, reduced along `axis`, which it is given by name.
+            columns: `[prompts]` each.
+        """
+        value = float(function(*columns, axis=-1))
+        num = len(columns[0])
+        if num < 2:
+            return Estimate(value, None, None, None, "none")
+        without = np.array([float(function(*(np.delete(c, i) for c in columns), axis=-1)) for i in range(num)])
+        error = float(np.sqrt(((without - without.mean()) ** 2).sum() * (num - 1) / num))
+        if error <= 1e-12 * max(1.0, abs(value)):
+            return Estimate(value, 0.0, value, value, "none")
+        low, high = self._ends(value, error, num, function, columns)
+        return Estimate(value, error, low, high, self.method)
+
     def _estimate(self, numerators: Floats, denominators: Floats, bounds: tuple[float, float] | None) -> Estimate:
         num = len(numerators)
         value = float(numerators.sum() / denominators.sum())
@@ -81,22 +104,20 @@ class Intervals:
         if np.abs(residuals).max() <= 1e-12 * max(1.0, abs(value)):
             return self._agreed(value, num, bounds)
         error = float(np.sqrt((residuals**2).sum() / (num - 1) / num))
-        if self.method == "t":
-            half = float(stats.t.ppf(0.5 + self.confidence / 2, num - 1)) * error
-            low, high = value - half, value + half
-        else:
-            low, high = self._bootstrap(numerators, denominators)
+        low, high = self._ends(value, error, num, _ratio, (numerators, denominators))
         if bounds is not None:
             low, high = max(low, bounds[0]), min(high, bounds[1])
         return Estimate(value, error, low, high, self.method)
 
-    def _bootstrap(self, numerators: Floats, denominators: Floats) -> tuple[float, float]:
-        def ratio(upper: Floats, lower: Floats, axis: int = -1) -> Floats:
-            return np.asarray(upper.sum(axis=axis) / lower.sum(axis=axis))
-
+    def _ends(
+        self, value: float, error: float, num: int, function: Statistic, columns: Sequence[Floats]
+    ) -> tuple[float, float]:
+        if self.method == "t":
+            half = float(stats.t.ppf(0.5 + self.confidence / 2, num - 1)) * error
+            return value - half, value + half
         result = stats.bootstrap(
-            (numerators, denominators),
-            ratio,
+            tuple(columns),
+            function,
             paired=True,
             vectorized=True,
             n_resamples=self.num_resamples,
@@ -120,3 +141,7 @@ class Intervals:
         if ends == [low]:
             return Estimate(low, 0.0, low, low + reach, "exact")
         return Estimate(high, 0.0, high - reach, high, "exact")
+
+
+def _ratio(numerators: Floats, denominators: Floats, axis: int = -1) -> Floats:
+    return np.asarray(numerators.sum(axis=axis) / denominators.sum(axis=axis))

@@ -38,14 +38,27 @@ class _Point:
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Draw the report.
-
-    Left, every policy under every procedure against one sample of the reference policy, and where there is a judge the
-    same by the judge; then the same procedure on both sides; then where rewards stand among the reference policy's.
+    """Write what `draw_report` draws.
 
     Raises:
         InvalidRequestError: The ending of the path is no format of a picture.
         StorageError: It cannot be written.
+    """
+    figure = draw_report(report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except ValueError as exc:
+        raise InvalidRequestError(f"the plot cannot be written to {path}: {exc}") from exc
+    except OSError as exc:
+        raise StorageError(f"the plot cannot be written to {path}: {exc}") from exc
+
+
+def draw_report(report: Report) -> Figure:
+    """Draw the report.
+
+    Left, every policy under every procedure against one sample of the reference policy, and where there is a judge the
+    same by the judge; then the same procedure on both sides; then where rewards stand among the reference policy's.
     """
     panels: list[Callable[[Axes], None]] = [lambda axes: _against_one(axes, report, is_judged=False)]
     if report.judge is not None:
@@ -65,13 +78,7 @@ def write_plot(report: Report, path: Path) -> None:
         handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns), fontsize=8, frameon=False
     )
     figure.suptitle(_caption(report), fontsize=9, color="#444444")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except ValueError as exc:
-        raise InvalidRequestError(f"the plot cannot be written to {path}: {exc}") from exc
-    except OSError as exc:
-        raise StorageError(f"the plot cannot be written to {path}: {exc}") from exc
+    return figure
 
 
 def _against_one(axes: Axes, report: Report, *, is_judged: bool) -> None:

@@ -83,7 +83,7 @@ class Report:
 
 def write_json(report: Report, path: Path) -> None:
     """Write the report under a temporary name and rename it. Raises `StorageError`."""
-    _write(path, json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(report: Report, path: Path) -> None:
@@ -98,14 +98,20 @@ def write_csv(report: Report, path: Path) -> None:
     header += ["win_rate", "standard_error", "low", "high", "interval_method"]
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows([header, *rows])
-    _write(path, lines.getvalue())
+    write_text(path, lines.getvalue())
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it. Raises `StorageError`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """See `write_text`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as exc:
         raise StorageError(f"the report cannot be written to {path}: {exc}") from exc

@@ -34,7 +34,9 @@ class Distillation:
 
     name = "distillation"
     is_on_policy = False
+    learns_from_base = False
     wants_round = False
+    token_mask = None
     prefix: TokenIds = ()
 
     def __init__(self, samples: Sequence[TeacherSample], *, seed: int, reader: LogitsReader | None = None) -> None:

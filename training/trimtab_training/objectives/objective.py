@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import TypeVar
 
 from trimtab_training.policy import TailoredPolicy
+from trimtab_training.sampler import TokenMask
 
 TokenIds = tuple[int, ...]
 Row = TypeVar("Row")
@@ -94,6 +95,16 @@ class Objective(Protocol[Row, Policy]):
     @property
     def is_on_policy(self) -> bool:
         """Whether it learns from the newest round alone, which the current policy has to draw."""
+        ...
+
+    @property
+    def learns_from_base(self) -> bool:
+        """Whether the base alone draws all of its rounds, whatever the adapter has learned."""
+        ...
+
+    @property
+    def token_mask(self) -> TokenMask | None:
+        """What its rounds are drawn under, and the evaluation is not; None where every token may be drawn."""
         ...
 
     @property

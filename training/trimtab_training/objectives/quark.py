@@ -33,7 +33,9 @@ class Quark:
 
     name = "quark"
     is_on_policy = False
+    learns_from_base = False
     wants_round = False
+    token_mask = None
 
     def __init__(
         self, config: QuarkConfig, *, control_token_ids: Sequence[int], fixed_prefix: Sequence[int], seed: int

@@ -29,6 +29,8 @@ class Rloo:
     """
 
     is_on_policy = True
+    learns_from_base = False
+    token_mask = None
 
     def __init__(self, config: RlooConfig | VbonConfig, *, prefix: TokenIds, seed: int) -> None:
         self.name = config.kind

@@ -1,18 +1,20 @@
 """Train an adapter LM on the tailored policy, from logged and fresh rollouts to a published version."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from trimtab_adapters.contract.errors import InvalidRequestError
+from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.checkpoint import RunState, save_checkpoint
 from trimtab_training.config import PromptFile, TrainConfig
+from trimtab_training.evaluation.held_out import BASE, STEERED
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.limits import LimitWatch, limited
@@ -23,24 +25,30 @@ from trimtab_training.logged_round import load_round, save_round
 from trimtab_training.models import load_vocabulary
 from trimtab_training.objectives.objective import ScoredRollout
 from trimtab_training.orders import AddRollouts, Begin, End, TakeStep
+from trimtab_training.policy import BuildPolicy, TailoredPolicy
 from trimtab_training.processes import Processes, SingleProcess
 from trimtab_training.prompts import Prompt, hold_out, load_split, prompts_of, read_prompts, save_split
-from trimtab_training.publish import VERSIONS, VersionInfo, register_version, sweep, write_version
-from trimtab_training.recipes.evaluate import evaluate
+from trimtab_training.publish import VERSIONS, VersionInfo, first_time, register_version, sweep, write_version
+from trimtab_training.recipes.evaluate import Evaluation, evaluate
 from trimtab_training.reference_rewards import draw_reference_scores, load_reference_scores, save_reference_scores
+from trimtab_training.report.writing import write_run_report
 from trimtab_training.rewards import RatedOnly, Scorer, SingleVersionScorer
 from trimtab_training.rollouts import Sample
 from trimtab_training.run_directory import held
 from trimtab_training.tracking import Listener, Tracker
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
+from trimtab_training.verdict import judge_run
 from trimtab_training.wiring import (
     build_learner,
+    build_round_source,
     build_scorer,
+    build_second_scorer,
     build_source,
     checkpoints_of,
     cpu_threads,
     find_checkpoint,
     intermediate_name,
+    served_procedure,
     served_transform,
     version_info,
 )
@@ -57,9 +65,10 @@ class TrainResult:
     Attributes:
         version: Id of the published version.
         path: Its directory.
-        evaluation: Figures of `recipes.evaluate.evaluate`; empty when nothing was held out.
+        evaluation: `Verdict.to_json`.
         is_registered: Whether a gateway knows it.
         activated_route: Route that now uses it, if any.
+        is_canary: Whether only a share of that route's requests does.
         num_steps: Optimiser steps taken.
     """
 
@@ -69,6 +78,7 @@ class TrainResult:
     is_registered: bool
     activated_route: str | None
     num_steps: int
+    is_canary: bool = False
 
 
 def train(
@@ -83,6 +93,7 @@ def train(
     wait_for_directory: bool = False,
     processes: Processes | None = None,
     show_progress: bool | None = None,
+    build_policy: BuildPolicy = TailoredPolicy,
 ) -> TrainResult:
     """Run the whole recipe.
 
@@ -99,6 +110,7 @@ def train(
         processes: Those that take each step together, of which this must be the first; `orders.follow` is what the
             others do.
         show_progress: Whether a progress bar is drawn; None draws it on a terminal only.
+        build_policy: Puts base and adapter together; what is served is always a `TailoredPolicy`.
 
     Raises:
         TrimtabError: Bad input, a limit, or the gateway, a reward or the disk failed; the checkpoints stay.
@@ -114,7 +126,9 @@ def train(
         torch.random.fork_rng(devices=_cuda_devices(config.models.device)),
     ):
         torch.manual_seed(config.seed)
-        run = _Run(config, gateway, scorer, interruption, report, resume, watch, processes or SingleProcess())
+        run = _Run(
+            config, gateway, scorer, interruption, report, resume, watch, processes or SingleProcess(), build_policy
+        )
         with Tracker(
             config.output_dir,
             num_steps=config.steps,
@@ -142,6 +156,7 @@ class _Run:
         resume: bool,
         watch: LimitWatch,
         processes: Processes,
+        build_policy: BuildPolicy,
     ) -> None:
         self.config = config
         self.gateway = gateway
@@ -154,11 +169,15 @@ class _Run:
         processes.from_first(Begin(checkpoint))
         self.is_new = checkpoint is None
         self.vocabulary = load_vocabulary(config.models.base_model)
-        self.learner, self.start = build_learner(config, self.vocabulary, checkpoint, processes=processes)
+        self.learner, self.start = build_learner(
+            config, self.vocabulary, checkpoint, processes=processes, build_policy=build_policy
+        )
         self.next_round = checkpoint.run.next_round if checkpoint else 0
         self.scorer = SingleVersionScorer(
             scorer or build_scorer(config, gateway), checkpoint.run.reward_version if checkpoint else None
         )
+        second = build_second_scorer(config, gateway)
+        self.second_scorer = None if second is None else SingleVersionScorer(second)
         self.source = build_source(
             config,
             self.learner,
@@ -167,6 +186,7 @@ class _Run:
             interruption=interruption,
             describe=lambda: self._version_info(intermediate_name(config.publish.name), {}),
         )
+        self.round_source = build_round_source(self.source, self.learner)
         sweep(config.output_dir, gateway)
         self.train_prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
@@ -177,6 +197,10 @@ class _Run:
     @property
     def _round_path(self) -> Path:
         return self.config.output_dir / "logged_round.npz"
+
+    @property
+    def _end_path(self) -> Path:
+        return self.config.output_dir / "ended_at"
 
     def execute(self, tracker: Tracker) -> TrainResult:
         """The recipe, top to bottom."""
@@ -195,12 +219,12 @@ class _Run:
                     self._save()
             self._save()
             self.processes.from_first(End())
-            evaluation = self._evaluate(tracker)
+            found = self._evaluate(tracker)
         except TrainingInterrupted:
             if self.learner.objective.num_rollouts:
                 self._save()
             raise
-        return self._publish(evaluation, tracker)
+        return self._publish(found, tracker)
 
     def _gather_prompts_and_log(self, tracker: Tracker) -> None:
         """Split the prompts and, in a new run, fill the pool from the log; held-out prompts never enter it."""
@@ -257,11 +281,11 @@ class _Run:
             self._enter("drawing rollouts", tracker)
             order = np.random.default_rng([self.config.seed, 1, number]).permutation(len(self.train_prompts))
             chosen = [self.train_prompts[int(i)] for i in order[: config.prompts_per_round or len(order)]]
-            drawn = self.source.draw(
+            drawn = self.round_source.draw(
                 chosen,
                 num_per_prompt=config.num_per_prompt,
                 seed=self._draw_seed(number),
-                steered=objective.is_on_policy or number > 0,
+                steered=objective.is_on_policy or (number > 0 and not objective.learns_from_base),
             )
             samples = [sample for group in drawn for sample in group]
             rewards = self.scorer.score([sample.reward_input for sample in samples]).rewards
@@ -360,23 +384,26 @@ class _Run:
             keep=self.config.checkpoint.keep,
         )
 
-    def _evaluate(self, tracker: Tracker) -> dict[str, Any]:
+    def _evaluate(self, tracker: Tracker) -> Evaluation | None:
         if not self.held_out:
-            return {}
+            return None
         self._enter("evaluating", tracker)
-        result = evaluate(
+        found = evaluate(
             self.source,
-            self.scorer,
+            [self.scorer] if self.second_scorer is None else [self.scorer, self.second_scorer],
             self.learner.policy,
             self.held_out,
             adapter_prefix=self.learner.objective.prefix,
+            procedure=served_procedure(self.config, self.gateway),
+            sampling=self.config.sampling,
             config=self.config.evaluation,
             seed=self._draw_seed(1 << 31),
         )
-        flat = {f"evaluation/{key}": float(value) for key, value in result.items() if isinstance(value, int | float)}
-        flat |= {f"evaluation/{who}_reward": float(result[who]["mean_reward"]) for who in ("base", "steered")}
+        figures = found.figures.to_json()
+        flat = {f"evaluation/{key}": float(value) for key, value in figures.items() if isinstance(value, int | float)}
+        flat |= {f"evaluation/{who}_reward": float(figures[who]["mean_reward"]) for who in (BASE, STEERED)}
         tracker.log(self.learner.step, flat)
-        return result
+        return found
 
     def _version_info(self, name: str, evaluation: dict[str, Any]) -> VersionInfo:
         return version_info(
@@ -385,29 +412,39 @@ class _Run:
             name=name,
             parent=self.start.parent,
             transform=self.transform_config,
-            reward=f"{self.scorer.name}@{self.scorer.version}",
+            reward=self._reward,
             evaluation=evaluation,
         )
 
-    def _publish(self, evaluation: dict[str, Any], tracker: Tracker) -> TrainResult:
-        """Write the version, register it and switch the route if that is wanted and earned."""
+    def _publish(self, found: Evaluation | None, tracker: Tracker) -> TrainResult:
+        """Write the version and the report, register it and switch the route if that is wanted and earned."""
         self._enter("publishing", tracker)
         config = self.config.publish
+        verdict = judge_run(self.config.gate, found)
+        evaluation = verdict.to_json()
         directory = write_version(
             self.config.output_dir / VERSIONS,
             self.learner.policy.adapter,
             self.vocabulary,
-            self._version_info(config.name, evaluation),
+            replace(self._version_info(config.name, evaluation), created_at=first_time(self._end_path)),
         )
-        activated = None
+        write_run_report(
+            self.config, found, verdict, version=directory.version, num_steps=self.learner.step, reward=self._reward
+        )
+        activated, is_canary = None, False
         if self.gateway is not None:
             version = register_version(self.gateway, directory)
-            if config.route is not None and (_is_better(evaluation) or not config.require_improvement):
+            if config.route is not None and (verdict.gate.passed or not config.require_gate):
                 self.interruption.check()
-                self.gateway.activate(config.route, config.name, version, self.config.models.alpha)
                 activated = config.route
+                is_canary = self._switch(self.gateway, config.route, version, is_forced=not verdict.gate.passed)
             elif config.route is not None:
-                logger.warning("version %s does not beat the base; the route %s stays", version, config.route)
+                logger.warning(
+                    "version %s has not passed the gate, the route %s stays: %s",
+                    version,
+                    config.route,
+                    "; ".join(verdict.gate.reasons),
+                )
         return TrainResult(
             version=directory.version,
             path=str(directory.path),
@@ -415,9 +452,20 @@ class _Run:
             is_registered=self.gateway is not None,
             activated_route=activated,
             num_steps=self.learner.step,
+            is_canary=is_canary,
         )
 
+    def _switch(self, gateway: GatewayClient, route: str, version: VersionId, *, is_forced: bool) -> bool:
+        """Put the version on a route; returns whether as a canary, which a route that is made by it cannot have."""
+        name, alpha, percent = self.config.publish.name, self.config.models.alpha, self.config.publish.canary_percent
+        if percent is not None:
+            with contextlib.suppress(NotFoundError):
+                gateway.promote(route, name, version, alpha, percent=percent, is_forced=is_forced)
+                return True
+        gateway.activate(route, name, version, alpha)
+        return False
 
-def _is_better(evaluation: Mapping[str, Any]) -> bool:
-    """Whether the 95 % interval of the reward difference to the base lies above 0."""
-    return bool(evaluation) and float(evaluation["reward_difference_interval"][0]) > 0.0
+    @property
+    def _reward(self) -> str:
+        """`name@version`."""
+        return f"{self.scorer.name}@{self.scorer.version}"

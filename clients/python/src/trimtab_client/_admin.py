@@ -67,6 +67,48 @@ class Adapters:
         operation = operations.activate(route, adapter, version=version, alpha=alpha, comment=comment)
         return self._caller.send(operation)
 
+    def promote(
+        self,
+        *,
+        route: str,
+        adapter: str,
+        version: str | None = None,
+        alpha: float | None = None,
+        percent: float | None = None,
+        num_answers: int | None = None,
+        min_answers: int | None = None,
+        timeout_s: float | None = None,
+        force: bool = False,
+        comment: str = "",
+    ) -> RouteRevision:
+        """Let a share of a route's requests try a version; the gateway promotes it, or rolls it back if it is worse.
+
+        Args:
+            route: Must exist.
+            adapter: Its name.
+            version: By default the newest.
+            alpha: By default the version's own.
+            percent: Of the route's requests.
+            num_answers: Requests of that share after which the version takes the whole route.
+            min_answers: With fewer when the time is up it is rolled back.
+            timeout_s: Time after which the trial ends.
+            force: Also a version that has not passed the gate of its training.
+            comment: Kept in the history.
+        """
+        operation = operations.promote(
+            route,
+            adapter,
+            version=version,
+            alpha=alpha,
+            percent=percent,
+            num_answers=num_answers,
+            min_answers=min_answers,
+            timeout_s=timeout_s,
+            force=force,
+            comment=comment,
+        )
+        return self._caller.send(operation)
+
     def rollback(self, *, route: str, revision: int | None = None) -> RouteRevision:
         """Take a route back to its previous revision, or to the one named."""
         return self._caller.send(operations.rollback(route, revision=revision))

@@ -88,6 +88,26 @@ def activate(
     return Operation("POST", path, lambda value: decode(RouteRevision, value), body)
 
 
+def promote(
+    route: str,
+    adapter: str,
+    *,
+    version: str | None,
+    alpha: float | None,
+    percent: float | None,
+    num_answers: int | None,
+    min_answers: int | None,
+    timeout_s: float | None,
+    force: bool,
+    comment: str,
+) -> Operation[RouteRevision]:
+    """`POST /admin/routes/{name}/promote`."""
+    rule = given(percent=percent, num_answers=num_answers, min_answers=min_answers, timeout_s=timeout_s)
+    body = {"adapter": adapter, **given(version=version, alpha=alpha, comment=comment or None), **rule, "force": force}
+    path = path_of("admin", "routes", route, "promote")
+    return Operation("POST", path, lambda value: decode(RouteRevision, value), body)
+
+
 def rollback(route: str, *, revision: int | None) -> Operation[RouteRevision]:
     """`POST /admin/routes/{name}/rollback`."""
     path = path_of("admin", "routes", route, "rollback")

@@ -47,6 +47,8 @@ class RouteRevision:
     reward: str | None = None
     created_at: float = 0.0
     comment: str = ""
+    canary: dict[str, Any] | None = None
+    """The version that a share of the route's requests tries: `version`, `percent` and more; None where none does."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends
 
 from trimtab_server.api.admin.adapters import AfterRetire, BaseVocabulary, ResidencyOf, build_adapters_router
 from trimtab_server.api.admin.calibrators import Calibrators, build_calibrators_router
+from trimtab_server.api.admin.canaries import OutcomesOf, build_canaries_router, no_outcomes
 from trimtab_server.api.admin.engines import build_engines_router
 from trimtab_server.api.admin.rewards import Rewards, build_rewards_router
 from trimtab_server.api.admin.rollouts import Flush, build_rollouts_router
@@ -45,6 +46,7 @@ class AdminParts:
         base_vocabulary: Fingerprint and number of tokens of the base model's tokenizer.
         adapter_roots: Directories that versions may be registered from; None means any.
         calibrators: Makes and keeps calibrators; None leaves `/admin/calibrators` out.
+        canary_outcomes: Says what came of the requests of a canary.
     """
 
     catalog: SqlCatalog
@@ -62,6 +64,7 @@ class AdminParts:
     base_vocabulary: BaseVocabulary
     adapter_roots: Sequence[Path] | None = None
     calibrators: Calibrators | None = None
+    canary_outcomes: OutcomesOf = no_outcomes
 
 
 def build_admin_router(parts: AdminParts) -> APIRouter:
@@ -81,6 +84,7 @@ def build_admin_router(parts: AdminParts) -> APIRouter:
         )
     )
     router.include_router(build_routes_router(parts.catalog, switcher, check_reward=parts.rewards.resolve))
+    router.include_router(build_canaries_router(parts.catalog, switcher, parts.canary_outcomes))
     router.include_router(build_rollouts_router(parts.reader, parts.flush))
     router.include_router(build_training_jobs_router(parts.jobs))
     router.include_router(build_training_schedules_router(parts.schedules))

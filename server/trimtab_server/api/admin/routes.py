@@ -13,7 +13,7 @@ from trimtab_adapters.contract.params import AdapterName, Alpha, SteeringOptions
 from trimtab_server.api.admin.json_io import Body, JsonAnswer, body_of, list_answer
 from trimtab_server.api.admin.switching import RouteSwitcher
 from trimtab_server.api.steering_field import parse_steering
-from trimtab_server.storage.base import RouteRevision
+from trimtab_server.storage.base import Canary, RouteRevision
 from trimtab_server.storage.catalog import SqlCatalog
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,21 @@ def route_object(revision: RouteRevision) -> dict[str, Any]:
         "reward": revision.reward,
         "created_at": revision.created_at,
         "comment": revision.comment,
+        "canary": canary_object(revision.canary),
+    }
+
+
+def canary_object(canary: Canary | None) -> dict[str, Any] | None:
+    """A canary as the admin API shows it; None where there is none."""
+    if canary is None:
+        return None
+    return {
+        "version": canary.version,
+        "percent": canary.percent,
+        "steering": canary.steering,
+        "num_answers": canary.num_answers,
+        "min_answers": canary.min_answers,
+        "timeout_s": canary.timeout_s,
     }
 
 

@@ -22,7 +22,7 @@ async def blockwise(run: PromptRun, params: Blockwise, emit: Emit | None = None)
     discarded_tokens = 0
     while answer.finish_reason is None:
         size = min(params.block_tokens, answer.max_new_tokens)
-        blocks = await run.generate_requests([(k, answer.request(k, size)) for k in range(run.num_candidates)])
+        blocks = await run.generate_pieces([(k, answer.request(k, size)) for k in range(run.num_candidates)])
         texts = {block.index: answer.with_piece(block).whole for block in blocks}
         values = await run.judge_texts(answer.prompt_token_ids, texts, reward=params.prefix_reward)
         run.check_enough(len(values))
@@ -33,5 +33,6 @@ async def blockwise(run: PromptRun, params: Blockwise, emit: Emit | None = None)
             await emit(answer.take_new())
     discarded_tokens += answer.discarded_tokens
     result = PromptResult(ranked(await run.score([answer.candidate()])), discarded_tokens=discarded_tokens)
+    result.piece_usages = run.piece_usages
     result.outcome = {"num_blocks": answer.num_pieces, "discarded_tokens": discarded_tokens}
     return result

@@ -41,6 +41,7 @@ async def early_reject(run: PromptRun, params: EarlyReject) -> PromptResult:
         (a.candidate(), "stopped") for a in answers if a.finish_reason is None and a.index not in failed
     ]
     result = PromptResult(ranked(await run.score(complete), stopped))
+    result.piece_usages = run.piece_usages
     result.discarded_tokens = sum(a.discarded_tokens for a in answers)
     result.discarded_tokens += sum(len(a.token_ids) for a in answers if a.index in failed)
     result.outcome = {"checkpoints": checkpoints, "num_stopped": len(stopped)}
@@ -50,7 +51,7 @@ async def early_reject(run: PromptRun, params: EarlyReject) -> PromptResult:
 async def _grown(run: PromptRun, rivals: Sequence[GrowingAnswer], checkpoint: int) -> list[GrowingAnswer]:
     """All that are not left out, each with so many tokens or at its end."""
     unfinished = [answer for answer in rivals if answer.finish_reason is None]
-    pieces = await run.generate_requests(
+    pieces = await run.generate_pieces(
         [(answer.index, answer.request(answer.index, checkpoint - len(answer.token_ids))) for answer in unfinished]
     )
     grown = {piece.index: piece for piece in pieces}

@@ -99,6 +99,23 @@ async def test_a_relative_directory_is_sent_as_an_absolute_path(
     assert (await run("adapters", "add", "kind", "kind")).startswith("kind ")
 
 
+async def test_a_canary_is_begun_shown_and_ended(bench: Bench, run: Run) -> None:
+    versions = []
+    for weight in (0.1, 0.2):
+        directory = make_model_directory(bench.directory / f"kind-{weight}", weight=weight)
+        versions.append((await run("adapters", "add", "kind", str(directory))).split()[1])
+    await run("routes", "activate", "nice", "kind", "--version", versions[0])
+    promote = ("routes", "promote", "nice", "kind", "--percent", "5", "--answers", "80", "--min-answers", "8")
+    assert "has not passed the gate: it was never evaluated" in await run(*promote, status=1)
+    line = await run(*promote, "--timeout-s", "60", "--force", "--comment", "try")
+    assert line == f"nice is at revision 2: kind@{versions[0]}=1, and for 5 % kind@{versions[1]}=1\n"
+    shown = json.loads(await run("routes", "canary", "nice"))
+    assert (shown["version"], shown["num_answers"], shown["min_answers"]) == (versions[1], 80, 8)
+    assert (shown["timeout_s"], shown["outcomes"]["canary"]["num_answers"]) == (60.0, 0)
+    assert "and for 5 %" in await run("routes", "list")
+    assert await run("routes", "rollback", "nice") == f"nice is at revision 3: kind@{versions[0]}=1\n"
+
+
 async def test_routes_are_set_listed_rolled_back_and_deleted(bench: Bench, run: Run) -> None:
     directory = make_model_directory(bench.directory / "kind")
     version = (await run("adapters", "add", "kind", str(directory))).split()[1]
@@ -303,6 +320,21 @@ def test_serve_turns_its_options_into_settings(monkeypatch: pytest.MonkeyPatch, 
     assert (settings.model, settings.host, settings.port, settings.rollouts) == ("m", "0.0.0.0", 9000, "off")
     assert settings.engine_args == ("--dtype", "float32", "--enforce-eager")
     assert settings.data_dir == tmp_path
+
+
+def test_serve_takes_a_base_behind_an_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_BLACK_BOX_API_KEY", "sk-1")
+    _, [settings] = serve_with(
+        monkeypatch,
+        *("--black-box-url", "https://host/v1", "--black-box-model", "big", "--black-box-tokenizer", "/tokenizer"),
+        *("--black-box-api", "vllm", "--black-box-logprobs", "5", "--black-box-unseen", "residual"),
+        *("--black-box-context", "1024"),
+    )
+    assert (settings.black_box_url, settings.black_box_model) == ("https://host/v1", "big")
+    assert (settings.black_box_tokenizer, settings.black_box_api) == ("/tokenizer", "vllm")
+    assert (settings.black_box_logprobs, settings.black_box_unseen, settings.black_box_context) == (5, "residual", 1024)
+    assert settings.black_box_api_key is not None
+    assert settings.black_box_api_key.get_secret_value() == "sk-1"
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
-"""A circuit breaker per reward: one that does not answer is left alone for a while, and callers are told at once."""
+"""A circuit breaker: a server that does not answer is left alone for a while, and callers are told at once."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from purgatory import SyncCircuitBreakerFactory
 
-from trimtab_adapters.contract.errors import RewardUnavailableError
+from trimtab_adapters.contract.errors import TrimtabError
 
 _STATES: dict[str, Literal["closed", "open", "half_open"]] = {
     "closed": "closed",
@@ -23,7 +23,7 @@ class BreakerState:
     """A breaker at one moment.
 
     Attributes:
-        state: `closed` lets attempts through, `open` none, `half_open` one to see whether the reward is back.
+        state: `closed` lets attempts through, `open` none, `half_open` one to see whether the server is back.
         opened_at: When it opened, in seconds since 1970; None while it is closed.
         retry_at: When the next attempt is let through.
     """
@@ -34,21 +34,32 @@ class BreakerState:
 
 
 class Breaker:
-    """Counts attempts in a row that found a reward unavailable; any other outcome shows that it answers.
+    """Counts attempts in a row that found somebody away; any other outcome shows that they answer.
 
     Args:
-        reward: Its name, for messages.
+        subject: Who, for messages: `the reward 'x'`.
         threshold: How many open the breaker.
         cooldown_s: How long it stays open. Then one attempt decides.
+        is_away: Whether an error is of this kind.
+        refusal: Makes the error of an attempt that is not let through, from its message and the seconds to wait.
     """
 
-    def __init__(self, reward: str, *, threshold: int, cooldown_s: float) -> None:
-        self._reward = reward
+    def __init__(
+        self,
+        subject: str,
+        *,
+        threshold: int,
+        cooldown_s: float,
+        is_away: Callable[[BaseException], bool],
+        refusal: Callable[[str, float], TrimtabError],
+    ) -> None:
+        self._subject = subject
         self._threshold = threshold
         self._cooldown_s = cooldown_s
+        self._new_refusal = refusal
         # The synchronous one: it only counts, and never waits for anything.
-        factory = SyncCircuitBreakerFactory(exclude=[(BaseException, _shows_life)])
-        self._circuit = factory.get_breaker(reward, threshold=threshold, ttl=cooldown_s)
+        factory = SyncCircuitBreakerFactory(exclude=[(BaseException, lambda exc: not is_away(exc))])
+        self._circuit = factory.get_breaker(subject, threshold=threshold, ttl=cooldown_s)
         self._opened_at = 0.0
         self._is_trying = False
 
@@ -64,14 +75,14 @@ class Breaker:
         return BreakerState(state, self._opened_at, self._opened_at + self._cooldown_s)
 
     def check(self) -> None:
-        """Raise `RewardUnavailableError` when no attempt would be let through now."""
+        """Raise the refusal when no attempt would be let through now."""
         now, breaker = time.time(), self.state
         if breaker.retry_at is not None and (now <= breaker.retry_at or self._is_trying):
             raise self._refusal(now, breaker)
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around one attempt. Raises `RewardUnavailableError`, not to be tried again, when it is not let through."""
+        """Around one attempt. Raises the refusal when it is not let through."""
         self.check()
         is_trial = self.state.state != "closed"
         self._is_trying = self._is_trying or is_trial
@@ -82,17 +93,12 @@ class Breaker:
             if is_trial:
                 self._is_trying = False
 
-    def _refusal(self, now: float, breaker: BreakerState) -> RewardUnavailableError:
+    def _refusal(self, now: float, breaker: BreakerState) -> TrimtabError:
         wait_s = max(0.0, (breaker.retry_at or now) - now)
         since_s = now - (breaker.opened_at or now)
         when = f"it is tried again in {math.ceil(wait_s)} s" if wait_s else "it is being tried again now"
-        return RewardUnavailableError(
-            f"the reward {self._reward!r} is not asked since {since_s:.0f} s ago, because {self._threshold} attempts "
-            f"in a row got no answer; {when}",
-            retry_after_s=max(1.0, wait_s),
-            is_retriable=False,
+        return self._new_refusal(
+            f"{self._subject} is not asked since {since_s:.0f} s ago, because {self._threshold} attempts in a row got "
+            f"no answer; {when}",
+            max(1.0, wait_s),
         )
-
-
-def _shows_life(exc: BaseException) -> bool:
-    return not isinstance(exc, RewardUnavailableError)
