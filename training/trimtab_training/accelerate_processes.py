@@ -93,19 +93,20 @@ def joined(*, rank: int, num: int, rendezvous: Path, device: str) -> Iterator[Ac
         "MASTER_PORT": os.environ.get("MASTER_PORT", "0"),  # not used: they meet at the file
     }
     with _environment(environment):
-        with _translated():
-            state = PartialState(
-                cpu=is_cpu,
-                backend=None if is_cpu else "cuda:nccl,cpu:gloo",
-                init_method=rendezvous.as_uri(),
-                rank=rank,
-                world_size=num,
-                timeout=_LONGEST_WAIT,
-            )
         try:
+            with _translated():
+                state = PartialState(
+                    cpu=is_cpu,
+                    backend=None if is_cpu else "cuda:nccl,cpu:gloo",
+                    init_method=rendezvous.as_uri(),
+                    rank=rank,
+                    world_size=num,
+                    timeout=_LONGEST_WAIT,
+                )
             yield AccelerateProcesses(state)
         finally:
-            state.destroy_process_group()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
             PartialState._reset_state()  # it is shared by the whole process, and the next run is another group
 
 

@@ -29,6 +29,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "fresh": {"num_per_prompt": 2, "prompts_per_round": 7},
         "reward": {"transform": {"kind": "log", "num_reference": 3}},
     },
+    "ppo": {"objective": {"kind": "ppo", "epochs": 2}, "fresh": {"num_per_prompt": 2, "prompts_per_round": 7}},
+    "nlpo": {
+        "objective": {"kind": "nlpo", "epochs": 2, "mask_min_tokens": 3, "mask_interval": 1},
+        "fresh": {"num_per_prompt": 2, "prompts_per_round": 7},
+    },
+    "bonbon": {"objective": {"kind": "bonbon", "n": 4}, "fresh": {"num_per_prompt": 4}},
 }
 
 
@@ -76,9 +82,21 @@ def test_figures_and_tensors_are_added_up_and_values_come_from_the_first(tmp_pat
 
 def test_the_environment_is_left_as_it_was(tmp_path: Path) -> None:
     before = dict(os.environ)
-    with two(tmp_path, lambda processes: None):
-        pass
+    with two(tmp_path, lambda processes: processes.from_first(None)) as (processes, _):
+        assert os.environ["WORLD_SIZE"] == "2"
+        processes.from_first(None)
     assert dict(os.environ) == before
+
+
+def test_a_group_that_was_not_joined_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    with (
+        pytest.raises(ProcessLostError),
+        joined(rank=0, num=2, rendezvous=tmp_path / "directory", device="cpu"),
+    ):
+        pytest.fail("nobody was there")
+    with two(tmp_path, lambda processes: processes.from_first(None)) as (processes, _):
+        assert processes.from_first(3) == 3
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

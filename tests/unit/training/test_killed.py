@@ -29,7 +29,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "fresh": {"num_per_prompt": 2, "prompts_per_round": 8},
         "reward": {"transform": {"kind": "one_step", "n": 4, "num_reference": 3}},
     },
-    "vbon": {"objective": {"kind": "vbon"}, "fresh": {"num_per_prompt": 2, "prompts_per_round": 8}},
+    "nlpo": {
+        "objective": {"kind": "nlpo", "epochs": 2, "mask_min_tokens": 3, "mask_interval": 1},
+        "fresh": {"num_per_prompt": 2, "prompts_per_round": 8},
+    },
 }
 
 
