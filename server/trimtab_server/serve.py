@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
     selection_caps = SelectionCaps(SqlSelectionCaps(database))
     canaries = CanaryWatcher(SqlCanaries(catalog))
     schedules = TrainingSchedules(database)
-
-    async def base_vocabulary() -> tuple[str, int] | None:
-        try:
-            status = await engine.status()
-        except EngineError:
-            return _local_vocabulary(settings)
-        return status.vocabulary_sha256, status.num_tokens
+    background += [residency.keep_converged, canaries.run, Scheduler(schedules, SqlTraffic(database)).run]
 
     async def close_database() -> None:
         database.close()
@@ -157,7 +152,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         before_switch=residency.ensure,
         after_retire=residency.retire,
         residency_of=residency.describe,
-        base_vocabulary=base_vocabulary,
+        base_vocabulary=partial(_base_vocabulary, settings, engine),
         adapter_roots=settings.adapter_roots or None,
         canary_outcomes=canaries.outcomes,
         calibrators=Calibrators(
@@ -177,12 +172,7 @@ async def build_parts(settings: Settings) -> GatewayParts:
         canaries=canaries,
         scoring=CalibratedScoring(rewards, calibrators, PooledCalibrators(pooled), base_identity=base_identity),
         routers=[build_admin_router(admin), build_feedback_router(SqlFeedback(database, rollout_log.flush))],
-        background=[
-            *background,
-            residency.keep_converged,
-            canaries.run,
-            Scheduler(schedules, SqlTraffic(database)).run,
-        ],
+        background=background,
         metrics=metrics,
         on_stop=[rewards.aclose, rollout_log.aclose, close_database],
     )
@@ -288,6 +278,15 @@ async def _register_given(settings: Settings, catalog: SqlCatalog) -> None:
         )
         if version.version not in before or name not in catalog.state.routes:
             await catalog.activate(name, name, version.version, comment="given on the command line")
+
+
+async def _base_vocabulary(settings: Settings, engine: Engine) -> tuple[str, int] | None:
+    """As the engine tells it; where it does not answer, of a base that is a directory here."""
+    try:
+        status = await engine.status()
+    except EngineError:
+        return _local_vocabulary(settings)
+    return status.vocabulary_sha256, status.num_tokens
 
 
 def _local_vocabulary(settings: Settings) -> tuple[str, int] | None:
