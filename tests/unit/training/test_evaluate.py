@@ -137,6 +137,11 @@ def test_base_and_steered_are_compared_on_the_same_prompts(policy: TailoredPolic
         output = policy.forward([(1,)], [(7, 7)], [(5,)])
     assert result["kl_per_token"] == pytest.approx(float(output.kl().mean()), rel=1e-5)
     assert result["kl_per_output"] == pytest.approx(float(output.kl().sum()), rel=1e-5)
+    of_base, of_steered = (entry.figures.kl_to_base for entry in found.comparison.policies)
+    assert (of_base.per_sequence.value, of_steered.per_sequence.value) == (0.0, result["kl_per_output"])
+    assert of_steered.per_sequence_log_ratio is not None
+    log_ratio = float((output.token_logprobs()[0] - output.token_logprobs()[1]).sum())
+    assert of_steered.per_sequence_log_ratio.value == pytest.approx(log_ratio, rel=1e-4)
     steered_nll = -float(output.token_logprobs()[1].mean())
     assert result["steered"]["base_perplexity"] == pytest.approx(np.exp(steered_nll), rel=1e-5)
     with torch.no_grad():
