@@ -16,9 +16,7 @@ from trimtab_adapters.contract.errors import IntegrityError
 from trimtab_training.prompts import Prompt
 from trimtab_training.rewards import Scorer
 from trimtab_training.rollouts import RolloutSource
-
-MOST_PER_DRAW = 16
-"""Outputs per prompt and draw; the gateway allows 20 choices of a request."""
+from trimtab_training.sample_pools import draw_in_parts
 
 
 def draw_reference_scores(
@@ -57,10 +55,7 @@ def _draw(
     source: RolloutSource, scorer: Scorer, prompts: Sequence[Prompt], *, size: int, seed: np.random.SeedSequence
 ) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {prompt.key: [] for prompt in prompts}
-    starts = range(0, size, MOST_PER_DRAW)
-    seeds = seed.generate_state(len(starts)) >> 1
-    for start, draw_seed in zip(starts, seeds.tolist(), strict=True):
-        drawn = source.draw(prompts, num_per_prompt=min(MOST_PER_DRAW, size - start), seed=draw_seed, steered=False)
+    for drawn in draw_in_parts(source, prompts, size=size, seed=seed, steered=False):
         samples = [sample for group in drawn for sample in group]
         rewards = iter(scorer.score([sample.reward_input for sample in samples]).rewards)
         for prompt, group in zip(prompts, drawn, strict=True):

@@ -139,6 +139,15 @@ def test_shifts_are_steered_against_base() -> None:
     assert (shifts.refusal_shift.low, shifts.refusal_shift.high) == (0.0, 0.5)
 
 
+def test_variety_is_compared_where_both_policies_have_any() -> None:
+    base = texts_of([[(1, 2), (1, 2)], [(3, 4), (5, 6)]])
+    steered = texts_of([[(1,), (2,)], [(3, 4), (3, 4)]])
+    shifts = text_shifts(base, steered, INTERVALS)
+    assert shifts.distinct_2_ratio is not None
+    assert shifts.distinct_2_ratio.value == 0.5  # of the second prompt: 1/2 against 1
+    assert shifts.distinct_3_ratio is None
+
+
 def test_the_rank_correlation_is_spearmans_with_an_interval_around_it() -> None:
     rng = np.random.default_rng(1)
     first: Floats = rng.normal(size=(60, 3))

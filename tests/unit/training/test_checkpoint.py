@@ -112,8 +112,15 @@ def test_another_configuration_is_refused_and_named(make_config: Any, vocabulary
     for change in ({"steps": 11}, {"optimiser": {"lr": 1.0}}, {"evaluation": {"share": 0.5}}):
         with pytest.raises(ConflictError, match=r"steps|optimiser\.lr|evaluation\.share"):
             find_checkpoint(make_config(**change), resume=True)
-    harmless = make_config(log_every=3, checkpoint={"every": 7}, publish={"name": "b"}, evaluation={"max_prompts": 3})
+    after_training = {
+        "evaluation": {"max_prompts": 3, "procedure": "best_of_n:2", "refusal_phrases": ["no"]},
+        "gate": {"max_kl_per_token": 0.5},
+        "report": {"show_samples": True},
+    }
+    harmless = make_config(log_every=3, checkpoint={"every": 7}, publish={"name": "b"}, **after_training)
     assert find_checkpoint(harmless, resume=True) is not None
+    second = {"second_reward": {"name": "r", "source": "local"}}
+    assert find_checkpoint(make_config(evaluation=second), resume=True) is not None
     with pytest.raises(ConflictError, match="holds a run already"):
         find_checkpoint(config, resume=False)
 

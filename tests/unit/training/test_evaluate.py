@@ -137,10 +137,18 @@ def test_base_and_steered_are_compared_on_the_same_prompts(policy: TailoredPolic
         output = policy.forward([(1,)], [(7, 7)], [(5,)])
     assert result["kl_per_token"] == pytest.approx(float(output.kl().mean()), rel=1e-5)
     assert result["kl_per_output"] == pytest.approx(float(output.kl().sum()), rel=1e-5)
+    of_base, of_steered = (entry.figures.kl_to_base for entry in found.comparison.policies)
+    assert (of_base.per_sequence.value, of_steered.per_sequence.value) == (0.0, result["kl_per_output"])
+    assert of_steered.per_sequence_log_ratio is not None
+    log_ratio = float((output.token_logprobs()[0] - output.token_logprobs()[1]).sum())
+    assert of_steered.per_sequence_log_ratio.value == pytest.approx(log_ratio, rel=1e-4)
     steered_nll = -float(output.token_logprobs()[1].mean())
     assert result["steered"]["base_perplexity"] == pytest.approx(np.exp(steered_nll), rel=1e-5)
     with torch.no_grad():
         base_nll = -float(policy.forward([(1,)], [(7, 8)], [(5,)]).token_logprobs()[1].mean())
+    sums = sum_tokens(policy, [Sample("p", (1,), "o", (7, 8)), Sample("p", (1,), "o", (7, 7))], (5,))
+    entropies = (float(sums.base_entropy[0]) / 2, float(sums.steered_entropy[1]) / 2)
+    assert (result["base"]["entropy_per_token"], result["steered"]["entropy_per_token"]) == pytest.approx(entropies)
     assert result["perplexity_ratio"] == pytest.approx(np.exp(steered_nll - base_nll), rel=1e-5)
     assert result["distinct_1_ratio"] == pytest.approx((1 / 4) / (2 / 4))
     assert (result["length_difference"], result["length_ratio"], result["refusal_shift"]) == (0.0, 1.0, 0.0)
@@ -150,19 +158,19 @@ def test_base_and_steered_are_compared_on_the_same_prompts(policy: TailoredPolic
 
 
 def test_the_inference_time_win_rate_is_of_the_served_procedure(policy: TailoredPolicy, lucky_scorer: Scorer) -> None:
-    """Rewards 0, 0, 1/2 of the base and 0, 1/2, 1/2 of the steered policy for every prompt.
+    """Rewards 0, 0, 1/2 of the base and 0, 1/2, 1 of the steered policy for every prompt.
 
-    One sample each: wins 2/3 * 2/3, ties 1/3 * 2/3 + 2/3 * 1/3. The best of two is 1/2 in 2 of 3 pairs of the base's
-    and in all of the steered policy's: ties 2/3, wins 1/3.
+    One sample each: 0 wins 1/3 (two ties), 1/2 wins 5/6, 1 wins always. The best of two is 1/2 in 2 of 3 pairs of the
+    base's, else 0, and 1 in 2 of 3 pairs of the steered policy's, else 1/2: that wins 1/3 and ties 2/3.
     """
-    source = Scripted([(8, 8), (8, 9), (7, 8)], [(8, 8), (7, 8), (7, 9)])
+    source = Scripted([(8, 8), (8, 9), (7, 8)], [(8, 8), (7, 8), (7, 7)])
     found = run(source, policy, [lucky_scorer], procedure=Chosen("best", 2))
     result = found.figures.to_json()
     assert (result["procedure"], result["num_per_prompt"]) == ("best_of_n:2", 3)
-    assert result["win_rate"] == pytest.approx(4 / 9 + 0.5 * 4 / 9)
-    assert result["served_win_rate"] == pytest.approx(1 / 3 + 0.5 * 2 / 3)
-    assert result["reward_difference"] == pytest.approx(1 / 6)
-    assert result["served_reward_difference"] == pytest.approx(1 / 2 - 1 / 3)
+    assert result["win_rate"] == pytest.approx((1 / 3 + 5 / 6 + 1) / 3)
+    assert result["served_win_rate"] == pytest.approx(2 / 3 + 1 / 3 * (1 / 3 + 0.5 * 2 / 3))
+    assert result["reward_difference"] == pytest.approx(1 / 2 - 1 / 6)
+    assert result["served_reward_difference"] == pytest.approx(5 / 6 - 1 / 3)
     assert [rate.procedure for rate in found.comparison.win_rates] == ["standard", "best_of_n:2"]
     assert found.comparison.rewards == {"lucky": "1"}
 

@@ -19,6 +19,10 @@ IntervalMethod = Literal["bca", "percentile", "t"]
 resample prompts (Efron 1987)."""
 
 
+_MOST_IN_MEMORY = 4_000_000
+"""Numbers of each column that resamples may take up at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A mean, or a ratio of means, over prompts.
@@ -121,6 +125,7 @@ class Intervals:
             paired=True,
             vectorized=True,
             n_resamples=self.num_resamples,
+            batch=max(1, _MOST_IN_MEMORY // num),
             confidence_level=self.confidence,
             method="BCa" if self.method == "bca" else "percentile",
             rng=np.random.default_rng([self.seed, 1]),

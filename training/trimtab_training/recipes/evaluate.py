@@ -74,12 +74,12 @@ def evaluate(
     if not chosen:
         raise ValueError("an evaluation needs at least one prompt")
     num = max(config.num_per_prompt, procedure.n + 1)
-    seeds = np.random.SeedSequence(seed).generate_state(2) >> 1
+    seeds = np.random.SeedSequence(seed).spawn(2)
     versions: dict[str, str] = {}
 
-    def drawn(part_seed: int, *, steered: bool) -> Drawn:
+    def drawn(draw_seed: np.random.SeedSequence, *, steered: bool) -> Drawn:
         pools: list[list[Sample]] = [[] for _ in chosen]
-        for part in draw_in_parts(source, chosen, size=num, seed=part_seed, steered=steered, on_done=on_done):
+        for part in draw_in_parts(source, chosen, size=num, seed=draw_seed, steered=steered, on_done=on_done):
             for pool, samples in zip(pools, part, strict=True):
                 pool.extend(samples)
         if any(len(pool) != num for pool in pools):
@@ -92,7 +92,7 @@ def evaluate(
             versions[scorer.name] = reply.version
         return Drawn(pools, rewards, sum_tokens(policy, samples, adapter_prefix))
 
-    base, steered = drawn(int(seeds[0]), steered=False), drawn(int(seeds[1]), steered=True)
+    base, steered = drawn(seeds[0], steered=False), drawn(seeds[1], steered=True)
     comparer = Comparer(
         Intervals("percentile", num_resamples=config.num_resamples, seed=seed),
         procedure,

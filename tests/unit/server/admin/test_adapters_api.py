@@ -229,6 +229,7 @@ async def test_a_route_is_put_listed_and_deleted(bench: Bench) -> None:
         "best_of": 4,
         "reward": "length",
         "comment": "first",
+        "canary": None,
     }
     assert bench.engine.calls[-1] == ("load", version)
     assert [item["route"] for item in (await bench.call("GET", "routes"))["data"]] == ["nice"]

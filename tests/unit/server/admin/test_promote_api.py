@@ -79,7 +79,12 @@ async def test_a_version_that_passed_the_gate_begins_as_a_canary(bench: Any) -> 
 
 @pytest.mark.parametrize(
     ("evaluation", "why"),
-    [(CLOSED, "the perplexity ratio is 3"), ({"win_rate": 0.7}, "it was never evaluated"), (None, "never evaluated")],
+    [
+        (CLOSED, "the perplexity ratio is 3"),
+        ({"win_rate": 0.7}, "it was never evaluated"),
+        ({"gate": {}}, "it was never evaluated"),
+        (None, "never evaluated"),
+    ],
 )
 async def test_a_version_that_did_not_pass_is_refused_unless_forced(
     bench: Any, evaluation: dict[str, Any] | None, why: str
