@@ -114,6 +114,27 @@ def test_draws_are_the_policys_restricted_to_the_mask_and_renormalised(policy: T
     assert chisquare(pooled_observed, pooled_expected).pvalue > 1e-4
 
 
+def test_the_mask_policy_sees_the_prefix_in_the_sampler_and_in_the_trainer(policy: TailoredPolicy) -> None:
+    prefix = (9, 8)
+    mask = mask_of(policy, prefix=prefix, top_p=1e-6, end_token_ids=())
+    with torch.no_grad():
+        favourite = int(policy.forward([CONTEXT], [(1,)], [prefix]).steered_logits[0, 0].argmax())
+    assert favourite != int(probabilities(policy).argmax())
+    assert allowed_first(mask, policy) == {favourite}
+    outputs = sample_outputs(
+        policy,
+        [CONTEXT] * 9,
+        prefix,
+        max_tokens=1,
+        temperature=1.0,
+        top_p=1.0,
+        end_token_ids=(),
+        generator=torch.Generator().manual_seed(0),
+        mask=mask,
+    )
+    assert outputs == [[favourite]] * 9
+
+
 def drawn_firsts(source: RolloutSource, prompts: list[Prompt]) -> list[set[int]]:
     groups = source.draw(prompts, num_per_prompt=12, seed=0, steered=True)
     return [{sample.output_token_ids[0] for sample in group} - {END} for group in groups]
