@@ -29,10 +29,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "fresh": {"num_per_prompt": 2, "prompts_per_round": 7},
         "reward": {"transform": {"kind": "log", "num_reference": 3}},
     },
-    "ppo": {"objective": {"kind": "ppo", "epochs": 2}, "fresh": {"num_per_prompt": 2, "prompts_per_round": 7}},
+    "ppo": {
+        "objective": {"kind": "ppo", "epochs": 2, "kl_target": 0.1},
+        "fresh": {"num_per_prompt": 2, "prompts_per_round": 5},
+    },
     "nlpo": {
         "objective": {"kind": "nlpo", "epochs": 2, "mask_min_tokens": 3, "mask_interval": 1},
-        "fresh": {"num_per_prompt": 2, "prompts_per_round": 7},
+        "fresh": {"num_per_prompt": 2, "prompts_per_round": 5},
     },
     "bonbon": {"objective": {"kind": "bonbon", "n": 4}, "fresh": {"num_per_prompt": 4}},
 }

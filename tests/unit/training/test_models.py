@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from trimtab_adapters.contract.errors import AdapterError, InvalidRequestError, VocabularyError, WeightsError
 from trimtab_adapters.contract.manifest import read_manifest
@@ -16,6 +17,7 @@ from trimtab_training.models import (
     load_vocabulary,
     save_causal_lm,
     scale_logits,
+    turn_off_dropout,
 )
 from trimtab_training.publish import VersionInfo, write_version
 
@@ -165,3 +167,17 @@ def test_encoding_and_decoding_are_the_tokenizers(vocabulary: Vocabulary) -> Non
     assert vocabulary.encode("t3 t1") == [3, 1]
     assert vocabulary.decode([3, 0, 1]) == "t3 t1"
     assert (vocabulary.size, vocabulary.num_tokens) == (64, 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_dropout_a_model_computes_the_same_in_training(family: str, model_dirs: dict[str, Path]) -> None:
+    """GPT-2 drops out in modules, Llama in its attention function, by a number."""
+    name, settings = ("gpt2", {}) if family == "gpt2" else ("base", {"attention_dropout": 0.5})
+    model = AutoModelForCausalLM.from_pretrained(model_dirs[name], dtype=torch.float32, **settings).train()
+    ids = torch.arange(1, 12)[None]
+    before = model.config.to_dict()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    turn_off_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+    assert model.config.to_dict() == before

@@ -114,6 +114,27 @@ def test_draws_are_the_policys_restricted_to_the_mask_and_renormalised(policy: T
     assert chisquare(pooled_observed, pooled_expected).pvalue > 1e-4
 
 
+def test_the_mask_policy_sees_the_prefix_in_the_sampler_and_in_the_trainer(policy: TailoredPolicy) -> None:
+    prefix = (9, 8)
+    mask = mask_of(policy, prefix=prefix, top_p=1e-6, end_token_ids=())
+    with torch.no_grad():
+        favourite = int(policy.forward([CONTEXT], [(1,)], [prefix]).steered_logits[0, 0].argmax())
+    assert favourite != int(probabilities(policy).argmax())
+    assert allowed_first(mask, policy) == {favourite}
+    outputs = sample_outputs(
+        policy,
+        [CONTEXT] * 9,
+        prefix,
+        max_tokens=1,
+        temperature=1.0,
+        top_p=1.0,
+        end_token_ids=(),
+        generator=torch.Generator().manual_seed(0),
+        mask=mask,
+    )
+    assert outputs == [[favourite]] * 9
+
+
 def drawn_firsts(source: RolloutSource, prompts: list[Prompt]) -> list[set[int]]:
     groups = source.draw(prompts, num_per_prompt=12, seed=0, steered=True)
     return [{sample.output_token_ids[0] for sample in group} - {END} for group in groups]
@@ -289,14 +310,18 @@ def test_mask_policy_and_masks_come_back_with_a_checkpoint(make_config: Any, voc
     rows = first.objective.next_rows(64), second.objective.next_rows(64)
     parts = [run.objective.loss(run.policy, found) for run, found in zip((first, second), rows, strict=True)]
     assert parts[0].figures == parts[1].figures
-    # the next refresh comes when it would have come: after the fourth round
+    # the next refresh comes when it would have come: not after the third round, but after the fourth
+    weights = dict(first.policy.adapter.named_parameters())
     for run in (first, second):
         run.objective.after_step({})
+        assert num_equal(run, weights) == 0
         run.add_rollouts(rollouts)
         while not run.objective.wants_round:
             run.train_step()
-    masks = [run.objective.state().tensors for run in (first, second)]
+        assert num_equal(run, weights) == len(weights)
 
-    for name, parameter in first.policy.adapter.named_parameters():
-        assert torch.equal(masks[0][f"actions.mask.{name}"], parameter)
-        assert torch.equal(masks[1][f"actions.mask.{name}"], parameter)
+
+def num_equal(learner: Learner, weights: dict[str, torch.nn.Parameter]) -> int:
+    """How many of these weights of an adapter the mask policy has."""
+    tensors = learner.objective.state().tensors
+    return sum(torch.equal(tensors[f"actions.mask.{name}"], weight) for name, weight in weights.items())

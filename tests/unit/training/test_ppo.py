@@ -131,6 +131,22 @@ def test_the_log_ratio_to_the_base_costs_at_each_token(policy: TailoredPolicy) -
     assert figures["kl_per_token"] == pytest.approx(2.5)
 
 
+def test_values_are_read_behind_prefix_and_prompt(policy: TailoredPolicy) -> None:
+    ppo = Ppo(
+        PpoConfig(kl_coef=0.0),
+        value_model=ValueModel(policy.adapter),
+        actions=WholeVocabulary(),
+        prefix=(9, 8),
+        seed=0,
+    )
+    torch.nn.init.normal_(ppo.value_model.head.weight, generator=torch.Generator().manual_seed(1))
+    ppo.add([rollout((3, 4, 5), 1.0)], policy)
+    values = np.subtract(column(ppo, "return", (3, 4, 5)), column(ppo, "advantage", (3, 4, 5)))
+    (expected,) = ppo.value_model.values([(9, 8, 1, 2)], [(3, 4, 5)]).tolist()
+    assert values.tolist() == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 3) for value in expected}) == 3
+
+
 def test_recorded_log_probabilities_are_the_old_ones(policy: TailoredPolicy) -> None:
     ppo = objective(policy, kl_coef=0.0)
     recorded: Any = {"behaviour_logprobs": (-0.25,), "base_logprobs": (-1.0,)}

@@ -122,7 +122,12 @@ def test_training_raises_the_share_of_a_token(make_toy: Any, lucky_scorer: Score
 def test_every_objective_raises_the_share_of_a_token(
     make_toy: Any, lucky_scorer: Scorer, changes: dict[str, Any]
 ) -> None:
-    """As above, each from 384 rollouts. ODDS"""
+    """Each learns from 384 rollouts. Tested as above: the interval of the difference to the base lies above 0.02.
+
+    Over seeds 0 to 19 its lower end was at least 0.226 for RLOO, 0.140 for PPO, 0.187 for NLPO and 0.115 for BoNBoN, and
+    at most -0.010 without learning (learning rate 1e-9): odds of a false alarm or a false pass below 1 in 20 for a
+    random seed, and the seed is fixed.
+    """
     fresh = {"prompts_per_round": 24, **changes["fresh"]}
     config = make_toy(**{"optimiser": {"batch_size": 48}, **changes, "fresh": fresh})
     result = train(config, scorer=lucky_scorer)
