@@ -264,3 +264,22 @@ def test_no_form_of_a_held_out_prompt_is_learned_from(make_config: Any, lucky_sc
     assert {i for i in ids[30:] if i not in expected}  # some that the run does not even have
     assert set(objective_arrays(config, 1)["prompt_ids"].tolist()) == expected
     assert log_figures(config)["left_out/held_out"] == len(ids) - len(expected)
+
+
+def test_logged_rollouts_whose_rank_is_not_known_are_left_out(
+    make_config: Any, lucky_scorer: Any, tmp_path: Path
+) -> None:
+    """The run has no reference rollouts for t11, which only the log knows."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "t10"}\n')
+    config = make_config(
+        prompts={"type": "file", "path": str(prompts)},
+        reward={"name": "lucky", "source": "local", "transform": {"kind": "calibrated", "num_reference": 2}},
+        logged={"enabled": True, "path": str(write_log(tmp_path / "log.jsonl", *FAIR))},
+        fresh={"source": "local", "interval": 0},
+        evaluation={"share": 0.0},
+        steps=1,
+    )
+    train(config, scorer=lucky_scorer)
+    assert log_figures(config) == {"num_read": 6.0, "num_used": 3.0, "left_out/no_reference": 3.0}
+    assert set(objective_arrays(config, 1)["prompt_ids"].tolist()) == {10}
