@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -26,7 +27,7 @@ def save_round(path: Path, rollouts: Sequence[ScoredRollout]) -> None:
 
 
 def load_round(path: Path) -> list[ScoredRollout]:
-    """Read what `save_round` wrote.
+    """Read what `save_round` wrote; nothing of it was drawn by the policy as it is now.
 
     Raises:
         IntegrityError: It cannot be read.
@@ -38,4 +39,4 @@ def load_round(path: Path) -> list[ScoredRollout]:
             buffer.load_state(ObjectiveState(dict(arrays), values))
     except (OSError, ValueError, KeyError, BadZipFile) as exc:
         raise IntegrityError(f"the logged rollouts of the run in {path} cannot be read: {exc}") from exc
-    return buffer.rollouts
+    return [replace(rollout, is_current=False) for rollout in buffer.rollouts]

@@ -78,8 +78,8 @@ def shaping(sampling: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     passed = _NO_EFFECT.union(_OF_PROMPT, _ENDS)
     return {
         name: value
-        for name, value in {**defaults, **sampling}.items()
-        if name not in passed and value is not None and value not in NEUTRAL.get(name, ())
+        for name, value in {**defaults, **_given(sampling)}.items()
+        if name not in passed and value not in NEUTRAL.get(name, ())
     }
 
 
@@ -107,18 +107,20 @@ def is_fair_sample(rollout: Rollout) -> bool:
 
 def is_drawn_like(rollout: Rollout, sampling: SamplingConfig, defaults: Mapping[str, Any]) -> bool:
     """Whether a logged completion has the settings that a run draws with."""
-    given = {name: value for name, value in rollout.sampling.items() if value not in (None, [], False)}
-    ends = {
-        "max_tokens": sampling.max_tokens,
-        "stop": list(sampling.stop),
-        "stop_token_ids": [*sampling.stop_token_ids],
-    }
+    given = _given(rollout.sampling)
+    ends = {name: given[name] for name in _ENDS if given.get(name) not in (None, [], False)}
+    stops = {"stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)}
     mine = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     return (
         not _OF_PROMPT & given.keys()
-        and {name: given[name] for name in _ENDS if name in given} == {k: v for k, v in ends.items() if v != []}
+        and ends == {"max_tokens": sampling.max_tokens, **{name: stop for name, stop in stops.items() if stop}}
         and shaping(rollout.sampling, defaults) == shaping(mine, {})
     )
+
+
+def _given(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that say anything: null leaves it to the model's defaults."""
+    return {name: value for name, value in sampling.items() if value is not None}
 
 
 def _are_logprobs(values: list[float] | None, rollout: Rollout) -> bool:

@@ -85,11 +85,16 @@ FAIR = [candidates(f"fair{i}", f"t{10 + i}", ["t7 t8", "t9", "t7"]) for i in ran
 def test_an_objective_of_the_newest_round_learns_from_the_log_first_and_then_from_fresh_rollouts(
     make_config: Any, gateway: Any
 ) -> None:
-    """6 logged rows are 2 steps of at most 4 rows; the round of 4 prompts and 2 outputs comes after them."""
+    """8 logged rows are 2 steps of 4 rows; the round of 4 prompts and 2 outputs comes after them.
+
+    Two outputs of `again` are there already, by chance: they count once more, as they should for a mean.
+    """
+    again = candidates("again", "t10", ["t9", "t7"])
     cold = candidates("cold", "t12", ["t7", "t9"], sampling={"temperature": 0.5})
-    silent = candidates("silent", "t13", ["t7", "t9"], steered_logprobs=None)
+    silent = candidates("silent", "t13", ["t7", "t9"])
+    silent[1]["steered_logprobs"] = None  # one of two: then none of them
     winner = candidates("winner", "t14", ["t7", "t9"])[:1]
-    gateway.rollouts = lines(*FAIR, cold, silent, winner)
+    gateway.rollouts = lines(*FAIR, again, cold, silent, winner)
     config = through_gateway(make_config, objective={"kind": "rloo"})
     drawn_at: list[int] = []
 
@@ -101,14 +106,14 @@ def test_an_objective_of_the_newest_round_learns_from_the_log_first_and_then_fro
     with gateway.client() as client:
         train(config, gateway=client)
     assert log_figures(config) == {
-        "num_read": 11.0,
-        "num_used": 6.0,
+        "num_read": 13.0,
+        "num_used": 8.0,
         "left_out/sampling_temperature": 2.0,
         "left_out/no_logprobs": 2.0,
         "left_out/partial_request": 1.0,
     }
     first = objective_arrays(config, 1)
-    assert sorted(first["prompt_token_ids"].tolist()) == [10] * 3 + [11] * 3
+    assert sorted(first["prompt_token_ids"].tolist()) == [10] * 5 + [11] * 3
     assert set(first["behaviour_logprobs"].tolist()) == {-1.0}
     assert set(first["base_logprobs"].tolist()) == {-2.0}
     assert drawn_at == [2] * 4  # after two steps, one request for each prompt
@@ -259,3 +264,22 @@ def test_no_form_of_a_held_out_prompt_is_learned_from(make_config: Any, lucky_sc
     assert {i for i in ids[30:] if i not in expected}  # some that the run does not even have
     assert set(objective_arrays(config, 1)["prompt_ids"].tolist()) == expected
     assert log_figures(config)["left_out/held_out"] == len(ids) - len(expected)
+
+
+def test_logged_rollouts_whose_rank_is_not_known_are_left_out(
+    make_config: Any, lucky_scorer: Any, tmp_path: Path
+) -> None:
+    """The run has no reference rollouts for t11, which only the log knows."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "t10"}\n')
+    config = make_config(
+        prompts={"type": "file", "path": str(prompts)},
+        reward={"name": "lucky", "source": "local", "transform": {"kind": "calibrated", "num_reference": 2}},
+        logged={"enabled": True, "path": str(write_log(tmp_path / "log.jsonl", *FAIR))},
+        fresh={"source": "local", "interval": 0},
+        evaluation={"share": 0.0},
+        steps=1,
+    )
+    train(config, scorer=lucky_scorer)
+    assert log_figures(config) == {"num_read": 6.0, "num_used": 3.0, "left_out/no_reference": 3.0}
+    assert set(objective_arrays(config, 1)["prompt_ids"].tolist()) == {10}

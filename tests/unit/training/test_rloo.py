@@ -59,6 +59,23 @@ def test_the_kl_penalty_lowers_the_return_by_the_log_ratio_of_the_whole_output(p
     assert figures["kl_per_output"] == pytest.approx(1.0)
 
 
+def test_the_kl_penalty_of_a_logged_output_is_of_the_policy_that_is_trained(policy: TailoredPolicy) -> None:
+    """Drawn from the base, its own log-ratio is 0; what counts is that of the policy, whatever drew the output."""
+    rloo = objective(kl_coef=0.5)
+    with torch.no_grad():
+        output = policy.forward([(1, 2)] * 2, [(3, 4), (5, 6)], [()] * 2)
+    steered, base = (logprobs.sum(dim=-1).tolist() for logprobs in output.token_logprobs())
+    logged: Any = {"behaviour_logprobs": (-1.0, -2.0), "base_logprobs": (-1.0, -2.0), "is_current": False}
+    figures = rloo.add([rollout((3, 4), 1.0, **logged), rollout((5, 6), 0.25)], policy)
+    rows = {rloo._buffer.rollouts[row].output_token_ids: row for row in (0, 1)}
+    kl = [steered[0] + 3.0, steered[1] - base[1]]  # the second was not recorded, so it was just drawn
+    expected = (1.0 - 0.5 * kl[0]) - (0.25 - 0.5 * kl[1])
+    assert abs(steered[0] + 3.0) > 0.1
+    assert rloo._buffer.column("advantage")[rows[(3, 4)]] == pytest.approx(expected, rel=1e-4)
+    assert figures["kl_per_output"] == pytest.approx(sum(kl) / 2, rel=1e-4)
+    assert rloo._buffer.rollouts[rows[(3, 4)]].behaviour_logprobs == (-1.0, -2.0)  # what the weights are made of
+
+
 def test_an_importance_weight_is_capped_and_one_right_after_the_draw(policy: TailoredPolicy) -> None:
     fresh = objective(kl_coef=0.0)
     fresh.add([rollout((3, 4), 1.0), rollout((5,), 0.0)], policy)

@@ -108,6 +108,7 @@ def test_the_base_models_own_defaults_hold_where_a_request_did_not_say(tmp_path:
     defaults = model_defaults(tmp_path)
     assert defaults == {"top_k": 20}
     assert off_policy_reason(rollout(), defaults) == "sampling_top_k"
+    assert off_policy_reason(rollout({"top_k": None}), defaults) == "sampling_top_k"
     assert off_policy_reason(rollout({"top_k": -1}), defaults) is None
     path.write_text(json.dumps({"temperature": 0.6}))
     silent = rollout().model_copy(update={"sampling": {}})
@@ -131,6 +132,7 @@ def test_references_were_drawn_as_the_run_draws() -> None:
         {"top_k": 5},
         {"ignore_eos": True},
         {"add_special_tokens": True},
+        {"add_special_tokens": False},
         {"presence_penalty": 1.0},
     ]
     for other in others:

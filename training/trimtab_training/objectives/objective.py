@@ -34,6 +34,7 @@ class ScoredRollout:
         behaviour_logprobs: Log-probability of each output token under the policy that drew it, before temperature;
             None where nobody recorded it.
         base_logprobs: Likewise under the base.
+        is_current: Whether the policy as it is now drew it, as it did a fresh round; of the log nobody can say so.
     """
 
     prompt_token_ids: TokenIds
@@ -42,6 +43,7 @@ class ScoredRollout:
     group: int
     behaviour_logprobs: tuple[float, ...] | None = None
     base_logprobs: tuple[float, ...] | None = None
+    is_current: bool = True
 
 
 @dataclass(frozen=True, slots=True)

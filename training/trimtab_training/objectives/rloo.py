@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trimtab_training.objective_config import RlooConfig, VbonConfig
 from trimtab_training.objectives.objective import LossSum, ObjectiveState, ScoredRollout, TokenIds
 from trimtab_training.objectives.round_buffer import RoundBuffer
-from trimtab_training.objectives.sampled_logprobs import with_logprobs
+from trimtab_training.objectives.sampled_logprobs import output_logprobs, with_logprobs
 from trimtab_training.policy import TailoredPolicy
 
 
@@ -52,7 +52,8 @@ class Rloo:
         """Replace the round. Prompts with a single readable output have no baseline and are left out."""
         known = with_logprobs(rollouts, policy, self.prefix)
         rewards = np.array([r.reward for r in known])
-        kl = np.array([sum(r.behaviour_logprobs or ()) - sum(r.base_logprobs or ()) for r in known])
+        # The penalty is of the policy that is trained, also where another one drew the output.
+        kl = output_logprobs(known, policy, self.prefix) - np.array([sum(r.base_logprobs or ()) for r in known])
         groups = np.array([r.group for r in known], dtype=np.int64)
         advantages = leave_one_out(rewards - self._config.kl_coef * kl, groups)
         usable = np.isfinite(advantages)

@@ -1,7 +1,10 @@
 """Log-probabilities of sampled tokens: those that the engine recorded, computed anew where it did not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trimtab_training.objectives.objective import ScoredRollout, TokenIds
 from trimtab_training.policy import TailoredPolicy, evaluating
@@ -17,21 +20,43 @@ def with_logprobs(rollouts: Sequence[ScoredRollout], policy: TailoredPolicy, pre
     """
     missing = [i for i, r in enumerate(rollouts) if r.behaviour_logprobs is None or r.base_logprobs is None]
     complete = list(rollouts)
+    for index, (steered, base) in zip(missing, _forward([rollouts[i] for i in missing], policy, prefix), strict=True):
+        complete[index] = replace(
+            rollouts[index],
+            behaviour_logprobs=rollouts[index].behaviour_logprobs or steered,
+            base_logprobs=rollouts[index].base_logprobs or base,
+        )
+    return complete
+
+
+def output_logprobs(rollouts: Sequence[ScoredRollout], policy: TailoredPolicy, prefix: TokenIds) -> NDArray[np.float64]:
+    """log π(y|x) of each whole output under the policy as it is now, `[outputs]`.
+
+    What has just been drawn has its behaviour's, which is the same; only others cost a forward pass.
+
+    Args:
+        rollouts: With behaviour log-probabilities.
+        policy: The policy.
+        prefix: What the adapter sees before every prompt.
+    """
+    found = np.array([sum(r.behaviour_logprobs or ()) for r in rollouts], dtype=np.float64)
+    others = [i for i, rollout in enumerate(rollouts) if not rollout.is_current]
+    for index, (steered, _) in zip(others, _forward([rollouts[i] for i in others], policy, prefix), strict=True):
+        found[index] = sum(steered)
+    return found
+
+
+def _forward(
+    rollouts: Sequence[ScoredRollout], policy: TailoredPolicy, prefix: TokenIds
+) -> Iterator[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Steered and base log-probabilities of each rollout's tokens, some rollouts at a time."""
     with evaluating(policy.adapter):
-        for start in range(0, len(missing), _ROWS_PER_FORWARD):
-            part = missing[start : start + _ROWS_PER_FORWARD]
+        for start in range(0, len(rollouts), _ROWS_PER_FORWARD):
+            part = rollouts[start : start + _ROWS_PER_FORWARD]
             output = policy.forward(
-                [rollouts[i].prompt_token_ids for i in part],
-                [rollouts[i].output_token_ids for i in part],
-                [prefix] * len(part),
+                [r.prompt_token_ids for r in part], [r.output_token_ids for r in part], [prefix] * len(part)
             )
             steered, base = (logprobs.tolist() for logprobs in output.token_logprobs())
-            for row, index in enumerate(part):
-                rollout = rollouts[index]
+            for row, rollout in enumerate(part):
                 length = len(rollout.output_token_ids)
-                complete[index] = replace(
-                    rollout,
-                    behaviour_logprobs=rollout.behaviour_logprobs or tuple(steered[row][:length]),
-                    base_logprobs=rollout.base_logprobs or tuple(base[row][:length]),
-                )
-    return complete
+                yield tuple(steered[row][:length]), tuple(base[row][:length])

@@ -255,7 +255,7 @@ class _Run:
         figures = sieve.figures()
         sieve.report()
         if sieve.rollouts:
-            rollouts = self._scored(*intake.rewarded(sieve.rollouts, self.scorer))
+            rollouts = self._scored(*intake.rewarded(sieve.rollouts, self.scorer), is_current=False)
             if self.config.reward.source == "feedback":
                 self.scorer.version = RatedOnly.version
             if self.learner.objective.is_on_policy and not self.config.fresh.interval:
@@ -297,7 +297,9 @@ class _Run:
             tracker.say("training")
         self.next_round = number + 1
 
-    def _scored(self, samples: Sequence[Sample], rewards: Sequence[float]) -> list[ScoredRollout]:
+    def _scored(
+        self, samples: Sequence[Sample], rewards: Sequence[float], *, is_current: bool = True
+    ) -> list[ScoredRollout]:
         """Samples with their rewards, transformed."""
         values = self.transform([sample.prompt for sample in samples], rewards)
         groups: dict[str, int] = {}
@@ -309,6 +311,7 @@ class _Run:
                 groups.setdefault(sample.prompt, len(groups)),
                 sample.steered_logprobs,
                 sample.base_logprobs,
+                is_current,
             )
             for sample, value in zip(samples, values, strict=True)
         ]
