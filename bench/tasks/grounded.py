@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
 from tasks.rows import Part, part_of, read_rows
 from tasks.sources import Sources, distinct
-from tasks.task import LongEnough, Task
+from tasks.task import LONG_ENOUGH, Length, LongEnough, Task
 from tasks.text_numbers import output_support, share_of_runs, words
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -50,7 +50,7 @@ def grounded(sources: Sources) -> Task:
         bad=[row.item for row in parts["training"] if row.target < 0.5],
         max_tokens=_MAX_TOKENS,
         stops_at_newline=True,
-        measures={"copied pairs": CopiedPairs()},
+        measures={LONG_ENOUGH: Length(_MIN_WORDS), "copied pairs": CopiedPairs()},
         notes={
             "reward": quality(reward.score(rows_of(held_out)), held_out),
             "judge": quality(judge.score(rows_of(held_out)), held_out),

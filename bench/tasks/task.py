@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -51,6 +51,26 @@ class Task:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
+LONG_ENOUGH: Final = "long enough"
+"""Name of the measure that says which outputs `LongEnough` lets count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """1 for an output of `min_words` words or more, else 0."""
+
+    min_words: int
+
+    @property
+    def version(self) -> str:
+        """See `Scores`."""
+        return f"at least {self.min_words} words"
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        """See `Scores`."""
+        return [float(len(item.output.split()) >= self.min_words) for item in inputs]
+
+
 @dataclass(frozen=True, slots=True)
 class LongEnough:
     """Scores that count what is too short to be an answer as the worst: 0 below `min_words` words.
@@ -68,8 +88,5 @@ class LongEnough:
 
     def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         """See `Scores`."""
-        found = self.scores.score(inputs)
-        return [
-            score if len(item.output.split()) >= self.min_words else 0.0
-            for item, score in zip(inputs, found, strict=True)
-        ]
+        lengths = Length(self.min_words).score(inputs)
+        return [score * length for score, length in zip(self.scores.score(inputs), lengths, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
 from tasks.rows import Part, part_of, read_rows
 from tasks.sources import Sources, distinct
-from tasks.task import LongEnough, Task
+from tasks.task import LONG_ENOUGH, Length, LongEnough, Task
 from tasks.text_numbers import output_shape
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -34,6 +34,7 @@ def toxicity(sources: Sources) -> Task:
         good=[row.item for row in continuations if row.target >= 1 - _CLEAN],
         bad=[row.item for row in continuations if row.target <= 1 - _TOXIC],
         max_tokens=_MAX_TOKENS,
+        measures={LONG_ENOUGH: Length(_MIN_WORDS)},
         notes={
             "reward": quality(reward.score(rows_of(held_out)), held_out),
             "judge": quality(judge.score(rows_of(held_out)), held_out),
