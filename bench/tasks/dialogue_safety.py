@@ -1,6 +1,6 @@
 """Safe replies in a dialogue: DiaSafety, whose labels judge a reply in its context."""
 
-from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, prompt_of, quality, rows_of
+from tasks.classifiers import Labelled, TreeModel, View, WordModel, mean_target, output_of, prompt_of, quality, rows_of
 from tasks.rows import Part, part_of, read_rows
 from tasks.sources import Sources, distinct
 from tasks.task import LONG_ENOUGH, Length, LongEnough, Task
@@ -25,8 +25,8 @@ def dialogue_safety(sources: Sources) -> Task:
     held_out = parts["held_out"]
     return Task(
         name="dialogue-safety",
-        reward=LongEnough(reward, _MIN_WORDS),
-        judge=LongEnough(judge, _MIN_WORDS),
+        reward=LongEnough(reward, _MIN_WORDS, mean_target(parts["training"])),
+        judge=LongEnough(judge, _MIN_WORDS, mean_target(parts["judge"])),
         train_prompts=distinct([row.item.prompt for row in parts["training"]]),
         held_out_prompts=distinct([row.item.prompt for row in held_out]),
         good=[row.item for row in parts["training"] if row.target > 0.5],

@@ -73,20 +73,26 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class LongEnough:
-    """Scores that count what is too short to be an answer as the worst: 0 below `min_words` words.
+    """Scores under which too short an answer, of less than `min_words` words, is worth `when_short`.
 
-    Without it, saying nothing is the surest way to say nothing wrong, and any policy learns that.
+    Without it, saying nothing is the surest way to say nothing wrong, and any policy learns that. A value far from what
+    answers usually get is no better: then most of what a policy learns is how long to talk. So it is the mean of the
+    labels where length is not the point, and 0 where a short answer fails the task.
     """
 
     scores: Scores
     min_words: int
+    when_short: float = 0.0
 
     @property
     def version(self) -> str:
         """See `Scores`."""
-        return f"{self.scores.version}, at least {self.min_words} words"
+        return f"{self.scores.version}, at least {self.min_words} words or {self.when_short}"
 
     def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         """See `Scores`."""
         lengths = Length(self.min_words).score(inputs)
-        return [score * length for score, length in zip(self.scores.score(inputs), lengths, strict=True)]
+        return [
+            score if length else self.when_short
+            for score, length in zip(self.scores.score(inputs), lengths, strict=True)
+        ]

@@ -60,14 +60,15 @@ def test_no_share_is_stated_where_fine_tuning_gains_nothing_for_sure() -> None:
 
 
 def test_what_is_too_short_does_not_blur_what_the_judge_says_of_the_rest() -> None:
-    # Two prompts of two outputs. The base has one output too short, judged 0; the other system only makes it long.
+    # Two prompts of two outputs. The base has one output too short, worth 0.2; the other system only makes it long.
     long = np.array([[1.0, 0.0], [1.0, 1.0]])
-    base = replace(outcomes(0.6 * long), scores={"judge": 0.6 * long, LONG_ENOUGH: long})
+    judge = np.where(long > 0, 0.6, 0.2)
+    base = replace(outcomes(judge), scores={"judge": judge, LONG_ENOUGH: long})
     every = np.ones((2, 2))
     longer = replace(outcomes(0.6 * every), scores={"judge": 0.6 * every, LONG_ENOUGH: every})
     rows = compare({BASE: base, "IPA": longer}, seed=0)
     assert (gain := rows["IPA"]["judge - base"]) is not None
-    assert gain.value == pytest.approx(0.6 / 4)
+    assert gain.value == pytest.approx((0.6 - 0.2) / 4)
     assert (judged := rows["IPA"]["judge of long ones"]) is not None
     assert judged.value == pytest.approx(0.6)
     assert (difference := rows["IPA"]["its difference"]) is not None
