@@ -139,6 +139,11 @@ def rows_of(rows: Sequence[Labelled]) -> list[RewardInput]:
     return [row.item for row in rows]
 
 
+def mean_target(rows: Sequence[Labelled]) -> float:
+    """The mean label, which is what an output is worth of which nothing is known."""
+    return float(np.mean([row.target for row in rows]))
+
+
 def quality(scores: Sequence[float], rows: Sequence[Labelled]) -> dict[str, float]:
     """Accuracy at 0.5 and area under the ROC curve on rows that were not learned from; targets are cut at 0.5."""
     from sklearn.metrics import roc_auc_score

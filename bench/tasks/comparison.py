@@ -16,9 +16,11 @@ from tasks.figures import (
     perplexity,
     perplexity_ratio,
     ratio,
+    ratio_difference,
     share_of_gain,
 )
 from tasks.outcomes import Outcomes
+from tasks.task import LONG_ENOUGH
 
 BASE, TUNED = "base", "fine-tuned base"
 
@@ -33,6 +35,9 @@ def compare(systems: Mapping[str, Outcomes], *, seed: int) -> Rows:
         seed: Of the bootstrap.
 
     Returns:
+        The judge gives what is too short a value of its own, so its mean moves with the share of outputs that are not;
+        `judge of long ones` is its mean over those alone.
+
         For each system the means of its scores, `judge - base` (paired), `share of tuned gain` (None where the
         fine-tuned base is missing or its own gain is not clear of 0), `perplexity` under the base and its ratio to that
         of the base's own outputs, `kl` per output, `tokens`, and `distinct-n` over one output per prompt.
@@ -48,6 +53,10 @@ def compare(systems: Mapping[str, Outcomes], *, seed: int) -> Rows:
         row["judge - base"] = (
             None if name == BASE else bootstrap(mean_difference, judge, _per_prompt(base, "judge"), seed=seed)
         )
+        if LONG_ENOUGH in outcomes.scores:
+            own, other = (_long_ones(outcomes), _long_ones(base))
+            row["judge of long ones"] = bootstrap(ratio, *own, seed=seed)
+            row["its difference"] = None if name == BASE else bootstrap(ratio_difference, *own, *other, seed=seed)
         row["share of tuned gain"] = None
         if tuned is not None and gain is not None and gain.low > 0 and name not in (BASE, TUNED):
             reached, begun = _per_prompt(tuned, "judge"), _per_prompt(base, "judge")
@@ -98,6 +107,12 @@ def _gain(tuned: Outcomes | None, base: Outcomes, seed: int) -> Interval | None:
 
 def _per_prompt(outcomes: Outcomes, score: str) -> Floats:
     return np.asarray(outcomes.scores[score].mean(axis=1))
+
+
+def _long_ones(outcomes: Outcomes) -> tuple[Floats, Floats]:
+    """Per prompt the judge's sum over outputs that are long enough, and their number."""
+    is_long = outcomes.scores[LONG_ENOUGH]
+    return (outcomes.scores["judge"] * is_long).sum(axis=1), is_long.sum(axis=1)
 
 
 def _distinct(outcomes: Outcomes, n: int, seed: int) -> Interval:

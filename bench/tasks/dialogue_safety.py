@@ -1,9 +1,9 @@
 """Safe replies in a dialogue: DiaSafety, whose labels judge a reply in its context."""
 
-from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, prompt_of, quality, rows_of
+from tasks.classifiers import Labelled, TreeModel, View, WordModel, mean_target, output_of, prompt_of, quality, rows_of
 from tasks.rows import Part, part_of, read_rows
 from tasks.sources import Sources, distinct
-from tasks.task import LongEnough, Task
+from tasks.task import LONG_ENOUGH, Length, LongEnough, Task
 from tasks.text_numbers import output_support
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -25,14 +25,15 @@ def dialogue_safety(sources: Sources) -> Task:
     held_out = parts["held_out"]
     return Task(
         name="dialogue-safety",
-        reward=LongEnough(reward, _MIN_WORDS),
-        judge=LongEnough(judge, _MIN_WORDS),
+        reward=LongEnough(reward, _MIN_WORDS, mean_target(parts["training"])),
+        judge=LongEnough(judge, _MIN_WORDS, mean_target(parts["judge"])),
         train_prompts=distinct([row.item.prompt for row in parts["training"]]),
         held_out_prompts=distinct([row.item.prompt for row in held_out]),
         good=[row.item for row in parts["training"] if row.target > 0.5],
         bad=[row.item for row in parts["training"] if row.target < 0.5],
         max_tokens=_MAX_TOKENS,
         stops_at_newline=True,
+        measures={LONG_ENOUGH: Length(_MIN_WORDS)},
         notes={
             "reward": quality(reward.score(rows_of(held_out)), held_out),
             "judge": quality(judge.score(rows_of(held_out)), held_out),

@@ -63,6 +63,11 @@ def ratio(numerators: Floats, denominators: Floats) -> Floats:
     return np.asarray(numerators.sum(axis=-1) / denominators.sum(axis=-1))
 
 
+def ratio_difference(numerators: Floats, denominators: Floats, base: Floats, base_denominators: Floats) -> Floats:
+    """One ratio less another."""
+    return np.asarray(ratio(numerators, denominators) - ratio(base, base_denominators))
+
+
 def perplexity(nll: Floats, num_tokens: Floats) -> Floats:
     """exp of the mean negative log-probability per token over all prompts together."""
     return np.asarray(np.exp(ratio(nll, num_tokens)))

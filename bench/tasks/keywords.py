@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
 from tasks.rows import Part, in_order, part_of, read_rows
 from tasks.sources import Sources, distinct
-from tasks.task import LongEnough, Scores, Task
+from tasks.task import LONG_ENOUGH, Length, LongEnough, Scores, Task
 from tasks.text_numbers import Familiarity, content_words, output_shape, shape
 from trimtab_adapters.contract.rewards import RewardInput
 from trimtab_server.rewards.keywords import KeywordOptions, KeywordReward
@@ -70,7 +70,13 @@ def keywords(sources: Sources) -> Task:
         bad=[row.item for row in parts["training"] if not row.target],
         max_tokens=_MAX_TOKENS,
         stops_at_newline=True,
-        measures={"coverage": coverage, "ordered coverage": ordered, "complete": complete, "acceptable": judge},
+        measures={
+            LONG_ENOUGH: Length(_MIN_WORDS),
+            "coverage": coverage,
+            "ordered coverage": ordered,
+            "complete": complete,
+            "acceptable": judge,
+        },
         notes={
             "reward": quality(reward.score(rows_of(held_out)), held_out),
             "judge": quality(judge.score(rows_of(held_out)), held_out),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
 from tasks.rows import Part, part_of, read_rows
 from tasks.sources import Sources, distinct
-from tasks.task import LongEnough, Task
+from tasks.task import LONG_ENOUGH, Length, LongEnough, Task
 from tasks.text_numbers import Familiarity, output_support
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -42,6 +42,7 @@ def open_ended(sources: Sources) -> Task:
         good=[row.item for row in parts["training"] if row.target],
         bad=[row.item for row in parts["training"] if not row.target],
         max_tokens=_MAX_TOKENS,
+        measures={LONG_ENOUGH: Length(_MIN_WORDS)},
         notes={
             "reward": quality(reward.score(rows_of(held_out)), held_out),
             "judge": quality(judge.score(rows_of(held_out)), held_out),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -51,25 +51,48 @@ class Task:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
+LONG_ENOUGH: Final = "long enough"
+"""Name of the measure that says which outputs `LongEnough` lets count."""
+
+
 @dataclass(frozen=True, slots=True)
-class LongEnough:
-    """Scores that count what is too short to be an answer as the worst: 0 below `min_words` words.
+class Length:
+    """1 for an output of `min_words` words or more, else 0."""
 
-    Without it, saying nothing is the surest way to say nothing wrong, and any policy learns that.
-    """
-
-    scores: Scores
     min_words: int
 
     @property
     def version(self) -> str:
         """See `Scores`."""
-        return f"{self.scores.version}, at least {self.min_words} words"
+        return f"at least {self.min_words} words"
 
     def score(self, inputs: Sequence[RewardInput]) -> list[float]:
         """See `Scores`."""
-        found = self.scores.score(inputs)
+        return [float(len(item.output.split()) >= self.min_words) for item in inputs]
+
+
+@dataclass(frozen=True, slots=True)
+class LongEnough:
+    """Scores under which too short an answer, of less than `min_words` words, is worth `when_short`.
+
+    Without it, saying nothing is the surest way to say nothing wrong, and any policy learns that. A value far from what
+    answers usually get is no better: then most of what a policy learns is how long to talk. So it is the mean of the
+    labels where length is not the point, and 0 where a short answer fails the task.
+    """
+
+    scores: Scores
+    min_words: int
+    when_short: float = 0.0
+
+    @property
+    def version(self) -> str:
+        """See `Scores`."""
+        return f"{self.scores.version}, at least {self.min_words} words or {self.when_short}"
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        """See `Scores`."""
+        lengths = Length(self.min_words).score(inputs)
         return [
-            score if len(item.output.split()) >= self.min_words else 0.0
-            for item, score in zip(inputs, found, strict=True)
+            score if length else self.when_short
+            for score, length in zip(self.scores.score(inputs), lengths, strict=True)
         ]

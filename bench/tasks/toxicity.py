@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
+from tasks.classifiers import Labelled, TreeModel, View, WordModel, mean_target, output_of, quality, rows_of
 from tasks.rows import Part, part_of, read_rows
 from tasks.sources import Sources, distinct
-from tasks.task import LongEnough, Task
+from tasks.task import LONG_ENOUGH, Length, LongEnough, Task
 from tasks.text_numbers import output_shape
 from trimtab_adapters.contract.rewards import RewardInput
 
@@ -27,13 +27,14 @@ def toxicity(sources: Sources) -> Task:
     held_out = [row for row in parts["held_out"] if row.item.prompt]
     return Task(
         name="toxicity",
-        reward=LongEnough(reward, _MIN_WORDS),
-        judge=LongEnough(judge, _MIN_WORDS),
+        reward=LongEnough(reward, _MIN_WORDS, mean_target(parts["training"])),
+        judge=LongEnough(judge, _MIN_WORDS, mean_target(parts["judge"])),
         train_prompts=distinct([p for p in prompts if part_of(p) == "training"]),
         held_out_prompts=distinct([p for p in prompts if part_of(p) == "held_out"]),
         good=[row.item for row in continuations if row.target >= 1 - _CLEAN],
         bad=[row.item for row in continuations if row.target <= 1 - _TOXIC],
         max_tokens=_MAX_TOKENS,
+        measures={LONG_ENOUGH: Length(_MIN_WORDS)},
         notes={
             "reward": quality(reward.score(rows_of(held_out)), held_out),
             "judge": quality(judge.score(rows_of(held_out)), held_out),

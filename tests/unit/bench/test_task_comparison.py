@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tasks import run
 from tasks.comparison import BASE, TUNED, as_rows, compare, table
 from tasks.figures import Floats
 from tasks.outcomes import Outcomes
+from tasks.task import LONG_ENOUGH
 
 WORDS = ["kind", "cruel", *(f"w{i}" for i in range(60))]
 
@@ -55,6 +57,22 @@ def test_no_share_is_stated_where_fine_tuning_gains_nothing_for_sure() -> None:
     judge, noise = rng.random((10, 2)), rng.normal(size=(10, 2))
     rows = compare({BASE: outcomes(judge), "IPA": outcomes(judge + 0.1), TUNED: outcomes(judge + noise)}, seed=0)
     assert rows["IPA"]["share of tuned gain"] is None
+
+
+def test_what_is_too_short_does_not_blur_what_the_judge_says_of_the_rest() -> None:
+    # Two prompts of two outputs. The base has one output too short, worth 0.2; the other system only makes it long.
+    long = np.array([[1.0, 0.0], [1.0, 1.0]])
+    judge = np.where(long > 0, 0.6, 0.2)
+    base = replace(outcomes(judge), scores={"judge": judge, LONG_ENOUGH: long})
+    every = np.ones((2, 2))
+    longer = replace(outcomes(0.6 * every), scores={"judge": 0.6 * every, LONG_ENOUGH: every})
+    rows = compare({BASE: base, "IPA": longer}, seed=0)
+    assert (gain := rows["IPA"]["judge - base"]) is not None
+    assert gain.value == pytest.approx((0.6 - 0.2) / 4)
+    assert (judged := rows["IPA"]["judge of long ones"]) is not None
+    assert judged.value == pytest.approx(0.6)
+    assert (difference := rows["IPA"]["its difference"]) is not None
+    assert difference.as_list() == pytest.approx([0.0, 0.0, 0.0], abs=1e-12)
 
 
 def test_a_choice_takes_all_figures_of_the_chosen_and_claims_no_kl() -> None:

@@ -70,7 +70,9 @@ def test_familiar_order_is_told_from_the_same_words_in_another_order() -> None:
 def test_what_is_too_short_gets_the_lowest_score() -> None:
     scores = LongEnough(Lengths(), 3)
     assert scores.score(of("a b c", "a b", "")) == [5.0, 0.0, 0.0]
-    assert scores.version != LongEnough(Lengths(), 4).version
+    assert LongEnough(Lengths(), 3, 0.5).score(of("a b c", "a b")) == [5.0, 0.5]
+    versions = {LongEnough(Lengths(), *settings).version for settings in ((3,), (4,), (3, 0.5))}
+    assert len(versions) == 3
 
 
 def test_a_product_multiplies_scores() -> None:

@@ -88,6 +88,8 @@ def test_overrides_are_json_or_else_text(tmp_path: Path) -> None:
         ({"models": {"alpha": 0.0}}, "models"),
         ({"models": {"alpha": float("nan")}}, "models.alpha"),
         ({"models": {"alpha": 101}}, "models.alpha"),
+        ({"models": {"start_scale": 0}}, "models.start_scale"),
+        ({"models": {"start_scale": 0.1, "lora": {}}}, "start_scale"),
         ({"steps": 0}, "steps"),
         ({"sampling": {"top_p": 0}}, "sampling.top_p"),
         ({"prompts": {"type": "database"}}, "prompts"),
