@@ -131,6 +131,16 @@ def test_the_log_ratio_to_the_base_costs_at_each_token(policy: TailoredPolicy) -
     assert figures["kl_per_token"] == pytest.approx(2.5)
 
 
+def test_what_the_log_gave_is_penalised_as_the_policy_that_is_trained_has_it(policy: TailoredPolicy) -> None:
+    """The value model begins at 0, so without discount a return is the reward less the weight times the log-ratio."""
+    ppo = objective(policy, kl_coef=0.5, gamma=1.0, gae_lambda=1.0)
+    known: Any = {"behaviour_logprobs": (-9.0,), "base_logprobs": (-1.0,), "is_current": False}
+    ppo.add([rollout((3,), 1.0, **known)], policy)
+    now = float(policy.forward([(1, 2)], [(3,)], [()]).token_logprobs()[0].detach().sum())
+    assert column(ppo, "return", (3,)) == pytest.approx([1.0 - 0.5 * (now + 1.0)], rel=1e-4)
+    assert column(ppo, "old_logprob", (3,)) == [-9.0]
+
+
 def test_values_are_read_behind_prefix_and_prompt(policy: TailoredPolicy) -> None:
     ppo = Ppo(
         PpoConfig(kl_coef=0.0),

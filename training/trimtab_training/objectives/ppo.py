@@ -21,7 +21,7 @@ from trimtab_training.objectives.controllers import Coefficient
 from trimtab_training.objectives.module_weights import load_weights, weights_of
 from trimtab_training.objectives.objective import LossSum, ObjectiveState, ScoredRollout, TokenIds
 from trimtab_training.objectives.round_buffer import RoundBuffer
-from trimtab_training.objectives.sampled_logprobs import with_logprobs
+from trimtab_training.objectives.sampled_logprobs import token_logprobs, with_logprobs
 from trimtab_training.objectives.value_model import ValueModel
 from trimtab_training.policy import TailoredPolicy
 from trimtab_training.sampler import TokenMask
@@ -91,16 +91,17 @@ class Ppo:
     def add(self, rollouts: Sequence[ScoredRollout], policy: TailoredPolicy) -> Mapping[str, float]:
         """Replace the round: rewards, values and advantages are fixed until the next; then the KL weight adapts."""
         known = with_logprobs(rollouts, policy, self.prefix)
-        log_ratios = [np.subtract(r.behaviour_logprobs or (), r.base_logprobs or ()) for r in known]
+        current = token_logprobs(known, policy, self.prefix)  # the penalty is that of the policy that is trained
+        log_ratios = [np.subtract(now, r.base_logprobs or ()) for now, r in zip(current, known, strict=True)]
         values = self._values(known)
         advantages = [
             generalised_advantages(
-                token_rewards(r.reward, r.behaviour_logprobs or (), r.base_logprobs or (), kl_coef=self._kl_coef.value),
+                token_rewards(r.reward, now.tolist(), r.base_logprobs or (), kl_coef=self._kl_coef.value),
                 value,
                 gamma=self._config.gamma,
                 gae_lambda=self._config.gae_lambda,
             )
-            for r, value in zip(known, values, strict=True)
+            for r, now, value in zip(known, current, values, strict=True)
         ]
         columns = {
             "advantage": advantages,

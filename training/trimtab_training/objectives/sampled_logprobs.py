@@ -39,10 +39,17 @@ def output_logprobs(rollouts: Sequence[ScoredRollout], policy: TailoredPolicy, p
         policy: The policy.
         prefix: What the adapter sees before every prompt.
     """
-    found = np.array([sum(r.behaviour_logprobs or ()) for r in rollouts], dtype=np.float64)
+    return np.array([row.sum() for row in token_logprobs(rollouts, policy, prefix)], dtype=np.float64)
+
+
+def token_logprobs(
+    rollouts: Sequence[ScoredRollout], policy: TailoredPolicy, prefix: TokenIds
+) -> list[NDArray[np.float64]]:
+    """log π of each output token under the policy as it is now, `[tokens]` for each output; see `output_logprobs`."""
+    found = [np.array(r.behaviour_logprobs or (), dtype=np.float64) for r in rollouts]
     others = [i for i, rollout in enumerate(rollouts) if not rollout.is_current]
     for index, (steered, _) in zip(others, _forward([rollouts[i] for i in others], policy, prefix), strict=True):
-        found[index] = sum(steered)
+        found[index] = np.array(steered, dtype=np.float64)
     return found
 
 
