@@ -13,7 +13,7 @@ from tqdm import tqdm
 METRICS_FILE = "metrics.jsonl"
 
 Listener = Callable[[Mapping[str, float]], None]
-"""Is told each line of the file as it is written."""
+"""Is told each line of the file as it is written, and in a resumed run first those that were written before."""
 
 
 class Tracker:
@@ -26,7 +26,8 @@ class Tracker:
         output_dir: Made if need be.
         num_steps: Steps of the whole run.
         first_step: Steps already taken.
-        listener: Told what is logged.
+        listener: Told every line that the file keeps and gets. Whoever listened before may have missed the last ones of
+            a run that was killed.
         show_progress: Whether the bar is drawn; None draws it on a terminal only.
     """
 
@@ -41,9 +42,11 @@ class Tracker:
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / METRICS_FILE
-        _keep_up_to(path, first_step)
+        kept = _keep_up_to(path, first_step)
         self._lines = path.open("a", encoding="utf-8", buffering=1)
         self._listener = listener or (lambda line: None)
+        for line in kept:
+            self._listener(line)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
         disable = None if show_progress is None else not show_progress
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=disable, dynamic_ncols=True)
@@ -77,16 +80,19 @@ class Tracker:
         self._bar.set_description(what)
 
 
-def _keep_up_to(path: Path, step: int) -> None:
+def _keep_up_to(path: Path, step: int) -> list[dict[str, float]]:
+    """Take the lines of later steps out of a file; returns those that stay."""
     if not path.exists():
-        return
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return []
+    kept: list[dict[str, float]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a crash cut short
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
+    return kept

@@ -6,12 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fake_gateway import FakeGateway, asgi_client, build_gateway
 from selecting import all_candidates, answer, chosen_text, post, states
 from trimtab_adapters.contract.errors import EngineRequestError, RewardError
 from trimtab_server.engine.base import EngineRequest
 from trimtab_server.engine.fake import FakeEngine, Fault
+from trimtab_server.sse import KEEP_ALIVE
 
 pytestmark = pytest.mark.anyio
 
@@ -33,6 +35,23 @@ def impatient(anyio_backend: str) -> FakeGateway:
     gateway = build_gateway(keep_alive_s=0.02)
     gateway.scoring.rewards["length"] = length
     return gateway
+
+
+def released_after_signs_of_life(gateway: FakeGateway, num_signs: int) -> ASGIApp:
+    """The gateway's application; its engine goes on once so many signs of life were sent, however long that takes."""
+    num_sent = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            nonlocal num_sent
+            await send(message)
+            num_sent += message.get("body", b"").count(KEEP_ALIVE)
+            if num_sent >= num_signs:
+                gateway.engine.release()
+
+        await gateway.app(scope, receive, watched)
+
+    return app
 
 
 @pytest.mark.parametrize(
@@ -134,18 +153,10 @@ async def test_a_buffered_chat_has_the_role_first(client: httpx.AsyncClient) -> 
 
 
 async def test_a_waiting_stream_shows_that_it_lives(impatient: FakeGateway) -> None:
-    gateway = impatient
-    gateway.engine.hold_after(2)
-
-    async def let_go() -> None:
-        await asyncio.sleep(0.2)
-        gateway.engine.release()
-
-    task = asyncio.create_task(let_go())
-    async with asgi_client(gateway.app) as client:
+    impatient.engine.hold_after(2)
+    async with asgi_client(released_after_signs_of_life(impatient, 3)) as client:
         body = {"best_of": 3, "reward": "length", "max_tokens": 4, "selection": {"stream": "buffered"}}
         response = await post(client, stream=True, **body)
-    await task
     assert response.text.count(": keep-alive\n\n") >= 3
     assert len(events_of(response.text)) >= 2
 
@@ -161,8 +172,7 @@ async def test_an_error_before_the_first_sign_of_life_keeps_its_status_and_a_lat
     assert (await post(client, stream=True, **body)).status_code == 502
     impatient.scoring.rewards["down"] = fail
     impatient.engine.hold_after(2)
-    asyncio.get_running_loop().call_later(0.1, impatient.engine.release)
-    async with asgi_client(impatient.app) as impatient_client:
+    async with asgi_client(released_after_signs_of_life(impatient, 1)) as impatient_client:
         late = await post(impatient_client, stream=True, **body)
     assert late.status_code == 200
     last = late.text.strip().split("\n\n")[-1]

@@ -34,6 +34,18 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_a_listener_hears_of_a_resumed_run_what_was_written_before_it_was_killed(tmp_path: Path) -> None:
+    with Tracker(tmp_path, num_steps=4, show_progress=False) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"loss": float(step)})
+    heard: list[tuple[float, float]] = []
+    with Tracker(
+        tmp_path, num_steps=4, first_step=2, listener=lambda line: heard.append((line["step"], line["loss"]))
+    ) as tracker:
+        tracker.log(3, {"loss": 30.0})
+    assert heard == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
 def test_the_bar_goes_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Tracker(tmp_path, num_steps=2, show_progress=True) as tracker:
         tracker.say("drawing")
