@@ -10,6 +10,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from trimtab_training.ragged import pack_ragged, unpack_ragged
+
 
 @dataclass(frozen=True, slots=True)
 class PoolItem:
@@ -119,11 +121,13 @@ class DataPool:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The items and the position in the pass, as plain arrays for a checkpoint."""
+        prompts, prompt_lengths = pack_ragged([item.prompt_token_ids for item in self._items], np.int32)
+        outputs, output_lengths = pack_ragged([item.output_token_ids for item in self._items], np.int32)
         return {
-            "prompt_ids": _flat([item.prompt_token_ids for item in self._items]),
-            "prompt_lengths": np.array([len(item.prompt_token_ids) for item in self._items], dtype=np.int64),
-            "output_ids": _flat([item.output_token_ids for item in self._items]),
-            "output_lengths": np.array([len(item.output_token_ids) for item in self._items], dtype=np.int64),
+            "prompt_ids": prompts,
+            "prompt_lengths": prompt_lengths,
+            "output_ids": outputs,
+            "output_lengths": output_lengths,
             "rewards": self.rewards,
             "order": self._order,
             "cursor": np.array(self._cursor, dtype=np.int64),
@@ -137,8 +141,8 @@ class DataPool:
     def restore(cls, num_bins: int, arrays: dict[str, NDArray[Any]], rng_state: dict[str, Any]) -> Self:
         """Rebuild from `arrays` and `rng_state`; draws then go on as if nothing had happened."""
         pool = cls(num_bins, seed=0)
-        prompts = _rows(arrays["prompt_ids"], arrays["prompt_lengths"])
-        outputs = _rows(arrays["output_ids"], arrays["output_lengths"])
+        prompts = unpack_ragged(arrays["prompt_ids"], arrays["prompt_lengths"])
+        outputs = unpack_ragged(arrays["output_ids"], arrays["output_lengths"])
         pool._items = [
             PoolItem(prompt, output, float(reward))
             for prompt, output, reward in zip(prompts, outputs, arrays["rewards"], strict=True)
@@ -148,13 +152,3 @@ class DataPool:
         pool._cursor = int(arrays["cursor"])
         pool._rng.bit_generator.state = rng_state
         return pool
-
-
-def _flat(rows: list[tuple[int, ...]]) -> NDArray[np.int32]:
-    return np.array([token for row in rows for token in row], dtype=np.int32)
-
-
-def _rows(flat: NDArray[Any], lengths: NDArray[Any]) -> list[tuple[int, ...]]:
-    ends = np.cumsum(lengths)
-    tokens = flat.tolist()
-    return [tuple(tokens[end - length : end]) for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]

@@ -1,7 +1,27 @@
 """Flushing files and directories to disk before a rename makes them visible."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as `writing_whole` does, in UTF-8."""
+    with writing_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name with all of its content on disk, or, after an exception or a kill, not."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,7 +1,6 @@
 """The scored log of a run that draws nothing: kept with the run, to be gone through again and again."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from trimtab_adapters.contract.errors import IntegrityError
+from trimtab_training.durable_files import writing_whole
 from trimtab_training.objectives.objective import ObjectiveState, ScoredRollout
 from trimtab_training.objectives.round_buffer import RoundBuffer
 
@@ -18,12 +18,8 @@ def save_round(path: Path, rollouts: Sequence[ScoredRollout]) -> None:
     """Write rollouts that have both log-probabilities."""
     buffer = RoundBuffer(0, seed=0)
     buffer.replace(rollouts, {})
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with writing_whole(path) as file:
         np.savez(file, allow_pickle=False, **buffer.state().arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def load_round(path: Path) -> list[ScoredRollout]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from trimtab_adapters.contract.errors import IntegrityError, InvalidRequestError
 from trimtab_adapters.contract.records import Rollout
+from trimtab_training.durable_files import write_whole
 from trimtab_training.models import Vocabulary
 
 
@@ -94,13 +94,8 @@ def _place(text: str, seed: int) -> float:
 
 def save_split(path: Path, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     """Write the split of a run, so that a resumed one keeps it although the log has grown meanwhile."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        split = {"train": train, "held_out": held_out}
-        json.dump({name: [asdict(prompt) for prompt in prompts] for name, prompts in split.items()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    split = {"train": train, "held_out": held_out}
+    write_whole(path, json.dumps({name: [asdict(prompt) for prompt in prompts] for name, prompts in split.items()}))
 
 
 def load_split(path: Path) -> tuple[list[Prompt], list[Prompt]]:

@@ -23,7 +23,7 @@ from trimtab_adapters.contract.errors import (
 from trimtab_adapters.contract.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.store import VersionStore
-from trimtab_training.durable_files import sync_directory, sync_tree
+from trimtab_training.durable_files import sync_directory, sync_tree, write_whole
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.lora_training import save_lora
 from trimtab_training.models import Vocabulary, save_causal_lm
@@ -164,12 +164,7 @@ def temporary_version(
 def first_time(path: Path) -> str:
     """When a run came to its end first, kept in `path`: publishing again after a kill gives the same version again."""
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(_now())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, _now())
     return path.read_text(encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ rank that it had before.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from trimtab_adapters.contract.calibration import EmpiricalCalibrator
 from trimtab_adapters.contract.errors import IntegrityError
+from trimtab_training.durable_files import write_whole
 from trimtab_training.prompts import Prompt
 from trimtab_training.rewards import Scorer
 from trimtab_training.rollouts import RolloutSource
@@ -65,12 +65,7 @@ def _draw(
 
 def save_reference_scores(path: Path, scores: Mapping[str, Sequence[float]]) -> None:
     """Write the rewards of a run's reference rollouts."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(dict(scores), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, json.dumps({prompt: list(values) for prompt, values in scores.items()}))
 
 
 def load_reference_scores(path: Path, *, reward: str) -> dict[str, EmpiricalCalibrator]:

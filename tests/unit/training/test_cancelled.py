@@ -1,42 +1,13 @@
 """Runs that are cancelled in any phase, or killed while they draw, leave nothing behind in the gateway."""
 
-import json
 import shutil
 from typing import Any
 
 import pytest
 
+from logged_runs import gateway_config, logged
 from trimtab_training.interruption import Interruption, TrainingInterrupted
 from trimtab_training.recipes.train import train
-
-
-def gateway_config(make_config: Any, **changes: Any) -> Any:
-    sections = {
-        "gateway": {"url": "http://gateway"},
-        "reward": {"source": "gateway"},
-        "fresh": {"source": "gateway", "model": "tiny", "prompts_per_round": 4},
-        "logged": {"enabled": True, "route": "tiny"},
-        "publish": {"name": "lucky", "route": "kind", "require_improvement": False},
-        "sampling": {"max_tokens": 4},
-    }
-    return make_config(**{**sections, **changes})
-
-
-def logged(num: int) -> list[str]:
-    fields = {
-        "created_at": 1.0,
-        "duration_s": 0.1,
-        "route": "tiny",
-        "base_model": "tiny",
-        "endpoint": "completions",
-        "output_text": "t7 t8",
-        "output_token_ids": [7, 8],
-        "steering": [],
-        "finish_reason": "stop",
-    }
-    prompts = ({"prompt": f"t{1 + i % 20}", "prompt_token_ids": [1 + i % 20]} for i in range(num))
-    return [json.dumps({"id": f"r{i}", "request_id": f"q{i}", **fields, **prompt}) for i, prompt in enumerate(prompts)]
-
 
 PHASES = ["reading the log", "calibrating", "drawing rollouts", "training", "evaluating", "publishing"]
 

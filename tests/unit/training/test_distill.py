@@ -102,9 +102,10 @@ def test_a_version_that_was_trained_against_a_student_says_how_close_that_was(
     make_distill: MakeDistill, make_config: Any, lucky_scorer: Scorer
 ) -> None:
     student = run(make_distill(steps=2)).path
+    assert student is not None
     result = train(make_config(models={"base_model": str(student)}, steps=1), scorer=lucky_scorer)
     told = read_manifest(Path(result.path)).training["approximate_policy"]
-    assert told == json.loads((student / "fidelity.json").read_text()) if student else False
+    assert told == json.loads((student / "fidelity.json").read_text())
     assert told["num_samples"] > 0
 
 

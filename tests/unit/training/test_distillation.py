@@ -181,3 +181,8 @@ def test_an_api_that_tells_no_log_probabilities_is_an_error(vocabulary: Vocabula
     teacher, _ = api(vocabulary, answer, has_token_ids=False)
     with pytest.raises(EngineError, match="log-probabilities"):
         teacher.draw([Prompt("t1 t2")], num_per_prompt=1, seed=0)
+
+
+def test_a_student_takes_in_no_rollouts(teacher: Any, vocabulary: Vocabulary) -> None:
+    with pytest.raises(TypeError, match="no rollouts"):
+        Distillation(drawn(teacher, vocabulary, 0), seed=0).add([], Student(teacher, num_known=64))

@@ -101,3 +101,19 @@ def test_without_a_lora_named_control_tokens_leave_the_embeddings_alone(
     assert learner.policy.adapter.get_input_embeddings().weight.shape[0] == 64
     manifest = read_manifest(Path(train(config, scorer=lucky_scorer).path))
     assert (manifest.prefix_token_ids, manifest.training["control_token_ids"]) == ([60], [60, 61])
+
+
+def test_a_loras_gradient_is_the_same_with_checkpointing(make_config: Any, vocabulary: Vocabulary) -> None:
+    """Its first trained layer stands behind a frozen table, whose output has no gradient of its own."""
+    gradients = []
+    for checkpointed in (False, True):
+        models = {**LORA, "gradient_checkpointing": checkpointed}
+        built, _ = build_learner(make_config(models=models, objective=QUARK), vocabulary, None)
+        built.policy.adapter.train()
+        output = built.policy.forward([(1, 2)], [(3, 4, 5)], [(60,)])
+        output.token_logprobs()[0].sum().backward()  # type: ignore[no-untyped-call]
+        parameters = [p for p in built.policy.adapter.parameters() if p.requires_grad]
+        assert all(parameter.grad is not None for parameter in parameters)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    assert float(gradients[0].abs().max()) > 0
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -206,6 +206,25 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
     assert steps == list(range(1, 11))
 
 
+def test_a_resumed_run_keeps_the_transform_that_it_began_with(make_config: Any, gateway: Any) -> None:
+    """The route serves one sample at first and the best of four when the run goes on."""
+    gateway.rollouts = logged(40)
+    gateway.routes["kind"] = {"best_of": 1}
+    config = gateway_config(make_config, evaluation={"share": 0.0})
+    interruption = Interruption()
+
+    def report(progress: Any) -> None:
+        if progress["step"] == 7:
+            interruption.request("released")
+
+    with gateway.client() as client:
+        with pytest.raises(TrainingInterrupted):
+            train(config, gateway=client, interruption=interruption, report=report)
+        gateway.routes["kind"] = {"best_of": 4}
+        result = train(config, gateway=client, resume=True)
+    assert read_manifest(Path(result.path)).training["reward_transform"] == {"kind": "raw"}
+
+
 def test_the_callers_random_state_and_threads_are_left_alone(make_config: Any, lucky_scorer: Scorer) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

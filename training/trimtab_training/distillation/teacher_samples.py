@@ -1,12 +1,12 @@
 """What a teacher wrote, with what it thought of its tokens."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trimtab_adapters.contract.errors import IntegrityError
+from trimtab_training.durable_files import writing_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,8 @@ class TeacherSample:
 
 def save_samples(path: Path, samples: Iterable[TeacherSample]) -> None:
     """Write samples as JSON Lines, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing_whole(path) as file:
+        file.writelines(json.dumps(asdict(sample)).encode() + b"\n" for sample in samples)
 
 
 def load_samples(path: Path) -> list[TeacherSample]:

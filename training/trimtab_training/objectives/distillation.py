@@ -52,8 +52,8 @@ class Distillation:
         return len(self._samples)
 
     def add(self, rollouts: Sequence[ScoredRollout], policy: Student) -> Mapping[str, float]:
-        """Refused: a student learns from its teacher alone."""
-        raise NotImplementedError
+        """A student learns from its teacher's samples alone, which it has from the start."""
+        raise TypeError("a distillation takes in no rollouts")
 
     def next_rows(self, num_rows: int) -> list[TeacherSample]:
         """The next samples of a shuffled pass; a pass that ends inside a step is followed by a new one."""

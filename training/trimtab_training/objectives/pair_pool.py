@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab_training.objectives.objective import ObjectiveState, TokenIds, pack_ragged, unpack_ragged
+from trimtab_training.objectives.objective import ObjectiveState, TokenIds
+from trimtab_training.ragged import pack_ragged, unpack_ragged
 
 _FIELDS = ("prompt_token_ids", "best_token_ids", "worst_token_ids")
 

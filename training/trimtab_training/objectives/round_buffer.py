@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab_training.objectives.objective import ObjectiveState, ScoredRollout, pack_ragged, unpack_ragged
+from trimtab_training.objectives.objective import ObjectiveState, ScoredRollout
+from trimtab_training.ragged import pack_ragged, unpack_ragged
 
 _IDS = ("prompt_token_ids", "output_token_ids")
 _LOGPROBS = ("behaviour_logprobs", "base_logprobs")

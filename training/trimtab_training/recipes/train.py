@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab_adapters.contract.errors import InvalidRequestError, NotFoundError
+from trimtab_adapters.contract.errors import IntegrityError, InvalidRequestError, NotFoundError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_training.checkpoint import RunState, save_checkpoint
 from trimtab_training.config import PromptFile, TrainConfig
+from trimtab_training.durable_files import write_whole
 from trimtab_training.evaluation.held_out import BASE, STEERED
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption, TrainingInterrupted
@@ -36,6 +37,7 @@ from trimtab_training.rewards import RatedOnly, Scorer, SingleVersionScorer
 from trimtab_training.rollouts import Sample
 from trimtab_training.run_directory import held
 from trimtab_training.tracking import Listener, Tracker
+from trimtab_training.transform_config import TransformConfig
 from trimtab_training.transforms import RewardTransform, build_ctrl_transform
 from trimtab_training.verdict import judge_run
 from trimtab_training.wiring import (
@@ -190,13 +192,25 @@ class _Run:
         sweep(config.output_dir, gateway)
         self.train_prompts: list[Prompt] = []
         self.held_out: list[Prompt] = []
-        self.transform_config = served_transform(config, gateway)
+        self.transform_config = self._transform_config()
         self.transform = RewardTransform(None, {})
         self.logged_round: list[ScoredRollout] = []
 
     @property
     def _round_path(self) -> Path:
         return self.config.output_dir / "logged_round.npz"
+
+    def _transform_config(self) -> TransformConfig:
+        """Of a resumed run what it began with: the route may serve something else by now, but rewards must not mix."""
+        path = self.config.output_dir / "reward_transform.json"
+        if self.is_new:
+            found = served_transform(self.config, self.gateway)
+            write_whole(path, found.model_dump_json())
+            return found
+        try:
+            return TransformConfig.model_validate_json(path.read_bytes())
+        except (OSError, ValueError) as exc:
+            raise IntegrityError(f"the reward transform of the run in {path} cannot be read: {exc}") from exc
 
     @property
     def _end_path(self) -> Path:
