@@ -4,6 +4,7 @@ queued ──claim──> running ──finish──> succeeded | failed
    │  <──release──     │
    └────cancel────────┴──> cancelled
 running ──claim, when its heartbeat is older than the lease──> running, by another worker
+running ──claim, when its workers were lost again and again without getting further──> failed
 """
 
 import re
@@ -22,6 +23,9 @@ from trimtab_server.storage.tables import training_jobs
 
 LEASE_S = 120.0
 """A worker that was not heard of for this long is taken for dead."""
+MAX_LOST = 5
+"""Workers that a job may lose in a row before it has got further: what kills each of them, such as a lack of memory,
+would kill the next one too, and nobody would see that it never ends."""
 _JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 
 _FIELDS = tuple(
@@ -50,6 +54,7 @@ class TrainingJobs:
         database: Migrated.
         lease_s: How old a heartbeat may be before another worker may claim the job, in seconds.
         num_lines: Newest lines of log and of metrics that are kept of each job.
+        max_lost: See `MAX_LOST`.
         clock: Unix seconds.
     """
 
@@ -59,11 +64,13 @@ class TrainingJobs:
         *,
         lease_s: float = LEASE_S,
         num_lines: int = MAX_LINES,
+        max_lost: int = MAX_LOST,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self.lease_s = lease_s
         self._num_lines = num_lines
+        self._max_lost = max_lost
         self._clock = clock
 
     async def submit(self, config: Mapping[str, Any], *, name: str = "") -> TrainingJob:
@@ -214,7 +221,8 @@ class TrainingJobs:
         claimable: ColumnElement[bool] = (table.c.state == "queued") | (
             (table.c.state == "running") & (table.c.heartbeat_at < now - self.lease_s)
         )
-        oldest = select(table.c.id).where(claimable).order_by(table.c.created_at, table.c.id).limit(1)
+        fields = (table.c.id, table.c.state, table.c.progress, table.c.num_lost, table.c.lost_at_step)
+        oldest = select(*fields).where(claimable).order_by(table.c.created_at, table.c.id).limit(1)
         values = {
             "state": "running",
             "worker": worker,
@@ -222,12 +230,35 @@ class TrainingJobs:
             "updated_at": now,
             "attempt": table.c.attempt + 1,
         }
-        # The lock makes workers that claim at once get different jobs; SQLite has one writer at a time anyway.
-        job_id = connection.execute(oldest.with_for_update(skip_locked=True)).scalar_one_or_none()
-        if job_id is None:
-            return None
-        connection.execute(update(table).where(table.c.id == job_id).values(values))
-        return _get(connection, job_id)
+        while True:
+            # The lock makes workers that claim at once get different jobs; SQLite has one writer at a time anyway.
+            row = connection.execute(oldest.with_for_update(skip_locked=True)).mappings().one_or_none()
+            if row is None:
+                return None
+            lost = _lost(row) if row["state"] == "running" else {}
+            is_hopeless = lost.get("num_lost", 0) > self._max_lost
+            found = {**lost, **(_given_up(lost, now) if is_hopeless else values)}
+            connection.execute(update(table).where(table.c.id == row["id"]).values(found))
+            if not is_hopeless:
+                return _get(connection, row["id"])
+
+
+def _lost(row: RowMapping) -> dict[str, Any]:
+    """What is known of a job whose worker was lost: how many were, since it last got further."""
+    step, before = row["progress"].get("step") or 0.0, row["lost_at_step"]
+    has_got_further = before is None or step > before
+    return {
+        "num_lost": 1 if has_got_further else row["num_lost"] + 1,
+        "lost_at_step": step if has_got_further else before,
+    }
+
+
+def _given_up(lost: Mapping[str, Any], now: float) -> dict[str, Any]:
+    error = (
+        f"{lost['num_lost']} workers in a row were lost with this job at step {lost['lost_at_step']:g} or before it: "
+        "they were killed, or ran out of memory; see the last lines of its log, and limits.memory_gib"
+    )
+    return {"state": "failed", "error": error, "updated_at": now}
 
 
 def insert_job(connection: Connection, config: Mapping[str, Any], *, name: str, now: float) -> str:

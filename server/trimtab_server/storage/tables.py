@@ -225,6 +225,9 @@ training_jobs = Table(
     Column("evaluation", JsonText, nullable=False),
     Column("error", ExactText),
     Column("attempt", Integer, nullable=False, server_default="0"),
+    # Workers lost one after the other without a step beyond `lost_at_step`.
+    Column("num_lost", Integer, nullable=False, server_default="0"),
+    Column("lost_at_step", Double),
     Index(None, "state", "created_at"),
 )
 

@@ -69,7 +69,7 @@ async def test_two_workers_never_run_one_job(database: Database) -> None:
     lease. Whenever two claims of a job overlap in time, the later one must begin a lease after the earlier one.
     """
     lease_s = 0.02
-    jobs = TrainingJobs(database, lease_s=lease_s)
+    jobs = TrainingJobs(database, lease_s=lease_s, max_lost=1000)
     for number in range(4):
         await jobs.submit({"n": number})
     claims: list[tuple[str, int, float]] = []
@@ -233,3 +233,40 @@ async def test_an_unknown_job_is_not_found(jobs: TrainingJobs, job_id: str) -> N
     ):
         with pytest.raises(NotFoundError):
             await call
+
+
+async def test_a_job_that_loses_every_worker_fails_in_the_end(database: Database, clock: Clock) -> None:
+    """Three may be lost in a row; the fourth claim after them gives the job up and takes the next one."""
+    jobs = TrainingJobs(database, lease_s=100.0, max_lost=3, clock=clock)
+    deadly, harmless = await jobs.submit({"n": 1}), await jobs.submit({"n": 2})
+    for attempt in range(1, 5):
+        claimed = await jobs.claim(f"w{attempt}")
+        assert claimed is not None
+        assert (claimed.id, claimed.attempt) == (deadly.id, attempt)
+        await jobs.heartbeat(deadly.id, f"w{attempt}", {"step": 7})
+        clock.now += 101.0
+    claimed = await jobs.claim("w5")
+    assert claimed is not None
+    assert claimed.id == harmless.id
+    found = await jobs.get(deadly.id)
+    assert found.state == "failed"
+    assert "4 workers in a row were lost with this job at step 7" in str(found.error)
+
+
+async def test_a_job_that_gets_further_may_lose_any_number_of_workers(database: Database, clock: Clock) -> None:
+    jobs = TrainingJobs(database, lease_s=100.0, max_lost=1, clock=clock)
+    job = await jobs.submit({})
+    for attempt in range(1, 10):
+        assert await jobs.claim(f"w{attempt}") is not None
+        await jobs.heartbeat(job.id, f"w{attempt}", {"step": attempt})
+        clock.now += 101.0
+    assert (await jobs.get(job.id)).state == "running"
+
+
+async def test_a_job_that_is_handed_back_was_not_lost(database: Database, clock: Clock) -> None:
+    jobs = TrainingJobs(database, lease_s=100.0, max_lost=1, clock=clock)
+    job = await jobs.submit({})
+    for attempt in range(1, 6):
+        assert await jobs.claim(f"w{attempt}") is not None
+        await jobs.release(job.id, f"w{attempt}")
+    assert (await jobs.get(job.id)).state == "queued"
