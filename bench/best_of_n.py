@@ -121,7 +121,7 @@ def _fractions(text: str) -> list[float]:
 
 @contextmanager
 def _world(options: argparse.Namespace) -> Iterator[World]:
-    """Engine and gateway with the reward registered, and the pool of samples, drawn through the gateway."""
+    """Engine and gateway with the reward registered, and the pool of samples, which the gateway knows nothing of."""
     from transformers import AutoTokenizer
 
     directory = options.classifier or classifier(options.data, options.start)
@@ -141,7 +141,7 @@ def _world(options: argparse.Namespace) -> Iterator[World]:
             Completions(gateway_url) as gateway,
         ):
             gateway.post("/admin/rewards", spec.model_dump())
-            samples = sample_pool.draw(gateway, services.MODEL, options.base, prompts, options.pool, sampling)
+            samples = sample_pool.draw(engine, services.MODEL, options.base, prompts, options.pool, sampling)
             pool = sample_pool.score(samples, reward, tokenizer, sorted(checkpoints))
             yield World(engine, gateway, reward, pool, sampling)
 

@@ -1,5 +1,6 @@
 """Virtual environments of the peers, outside the repository; made when they are missing."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ def peer_python(requirement: Requirement, venvs: Path) -> Path:
     python, done = directory / "bin" / "python", directory / ".installed"
     if not done.exists():
         _run([sys.executable, "-m", "venv", str(directory)])
-        _run([str(python), "-m", "pip", "install", "--quiet", *requirement.packages])
+        # uv resolves in seconds what pip searches through old releases for; where wheels lie is told to pip.
+        links = [f"--find-links={place}" for place in os.environ.get("PIP_FIND_LINKS", "").split()]
+        _run([str(python), "-m", "pip", "install", "--quiet", "uv"])
+        _run([str(python), "-m", "uv", "pip", "install", f"--python={python}", *links, *requirement.packages])
         done.write_text(" ".join(requirement.packages) + "\n")
     return python
 

@@ -75,7 +75,7 @@ def draw(
     """`num` samples of each prompt, from the cache when the same ones were drawn before.
 
     Args:
-        client: Of the gateway.
+        client: Of the engine. A gateway would log the samples and calibrate with them what they are to judge.
         model: Public name of the base.
         base: Its directory, for the key of the cache.
         prompts: What to continue.

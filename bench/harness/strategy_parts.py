@@ -89,7 +89,8 @@ def measure_adaptive(world: World, plan: AdaptivePlan) -> dict[str, Any]:
     print(f", simulated {expected[1] if expected else 'not reached'}.")
     print(f"Calibrating took {references:.0f} tokens per prompt once: with them the first request of a prompt costs ")
     print(f"{result['adaptive_token_ratio_first_request']:.2f}; they are paid back after ", end="")
-    print(f"{result['adaptive_requests_to_break_even'] or float('inf'):.1f} requests of the prompt.")
+    num_requests = result["adaptive_requests_to_break_even"]
+    print("no number of requests." if num_requests is None else f"{num_requests:.1f} requests of the prompt.")
     print(f"Wall-clock, one request at a time: {result['adaptive_wall_ratio']:.2f} of best-of-{BEST_OF}'s.")
     return result
 
