@@ -67,17 +67,16 @@ class World:
         Best-of-N chooses among the outputs that the policy alone is measured on.
         """
         plan, num = self.plan, self.plan.num_samples
-        start = load_causal_lm(self.models.start, dtype=torch.float32, device="cpu")
-        outcomes = {comparison.BASE: self._measure(self._tailored(start, 1.0), (), seed, steered=False)}
+        outcomes = {comparison.BASE: self.base_outcomes(seed)}
         spent: dict[str, Any] = {}
         if "ipa" in names:
-            policy, prefix, spent["ipa"] = self._trained("ipa", seed)
-            outcomes["IPA"] = self._measure(policy, prefix, seed)
+            policy, prefix, spent["ipa"] = self.trained_policy("ipa", seed)
+            outcomes["IPA"] = self.measured(policy, prefix, seed)
         if "fine_tuning" in names:
-            policy, prefix, spent["fine_tuning"] = self._trained("fine_tuning", seed)
-            outcomes[comparison.TUNED] = self._measure(policy, prefix, seed)
+            policy, prefix, spent["fine_tuning"] = self.trained_policy("fine_tuning", seed)
+            outcomes[comparison.TUNED] = self.measured(policy, prefix, seed)
         if "experts" in names:
-            outcomes["experts"] = self._measure(self._tailored(self._experts(), plan.expert_alpha), (), seed)
+            outcomes["experts"] = self.measured(self._tailored(self._experts(), plan.expert_alpha), (), seed)
         for name in (comparison.BASE, "IPA"):
             if name in outcomes:
                 alone = outcomes[name]
@@ -92,7 +91,13 @@ class World:
     def _tailored(self, adapter: Any, alpha: float) -> TailoredPolicy:
         return TailoredPolicy(self.base, adapter, alpha=alpha, num_known=self.models.vocabulary.num_tokens)
 
-    def _trained(self, what: Any, seed: int) -> tuple[TailoredPolicy, tuple[int, ...], dict[str, Any]]:
+    def base_outcomes(self, seed: int) -> Outcomes:
+        """What the base alone does."""
+        start = load_causal_lm(self.models.start, dtype=torch.float32, device="cpu")
+        return self.measured(self._tailored(start, 1.0), (), seed, steered=False)
+
+    def trained_policy(self, what: Any, seed: int) -> tuple[TailoredPolicy, tuple[int, ...], dict[str, Any]]:
+        """A policy trained by the plan, what its adapter sees before a prompt, and what that cost."""
         directory = trained(self.task, self.plan, self.models, what, seed=seed, num_threads=self.num_threads)
         manifest = read_manifest(directory / "version")
         model = load_causal_lm(directory / "version", dtype=torch.float32, device="cpu")
@@ -108,7 +113,8 @@ class World:
         ]
         return ExpertPair(*pair)
 
-    def _measure(self, policy: TailoredPolicy, prefix: Sequence[int], seed: int, *, steered: bool = True) -> Outcomes:
+    def measured(self, policy: TailoredPolicy, prefix: Sequence[int], seed: int, *, steered: bool = True) -> Outcomes:
+        """`plan.num_samples` outputs for each held-out prompt, scored and judged."""
         return measure(
             self.task,
             policy,
