@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trimtab_server.engine.base import Engine
 from trimtab_server.engine.black_box import BlackBoxEngine, BlackBoxOptions
 from trimtab_server.engine.black_box_provider import Provider, ProviderLimits, build_provider_client
 from trimtab_server.engine.residency import Residency
+from trimtab_server.engine.transformers_engine import TransformersEngine
 from trimtab_server.engine.vllm_http import VllmEngine, build_engine_client
 from trimtab_server.gateway import GatewayParts
 from trimtab_server.metrics import Metrics
@@ -179,9 +181,11 @@ async def build_parts(settings: Settings) -> GatewayParts:
 
 
 def _build_engine(settings: Settings, background: list[Run]) -> Engine:
-    """The black box or the engine at the given address, or a supervised child on a free loopback port."""
+    """A base in this process or behind an API, the engine at the given address, or a supervised child on loopback."""
     if settings.black_box_url is not None:
         return _build_black_box(settings, settings.black_box_url)
+    if settings.engine_kind == "transformers" and settings.model is not None:
+        return _build_transformers(settings, settings.model)
     if settings.engine_urls:
         (url,) = settings.engine_urls
         key = settings.engine_api_key.get_secret_value() if settings.engine_api_key else None
@@ -212,14 +216,9 @@ def _build_engine(settings: Settings, background: list[Run]) -> Engine:
 
 def _build_black_box(settings: Settings, url: str) -> Engine:
     """Adapter LMs in this process beside a base behind an API. Raises `TrimtabError`: there is no such tokenizer."""
-    try:
-        from trimtab_adapters.black_box.stepper import BaseModel, Stepper  # noqa: PLC0415 - loads torch
-        from trimtab_adapters.black_box.tokenizer import load_base_tokenizer  # noqa: PLC0415
-    except ModuleNotFoundError as exc:
-        raise InvalidRequestError(
-            f"a black-box base needs packages that are not installed here ({exc}): adapter LMs run in the gateway's "
-            "process, with torch and transformers"
-        ) from exc
+    with _needs_torch("a black-box base"):
+        from trimtab_adapters.in_process.stepper import BaseModel, Stepper  # noqa: PLC0415 - loads torch
+        from trimtab_adapters.in_process.tokenizer import load_base_tokenizer  # noqa: PLC0415
     tokenizer = load_base_tokenizer(settings.black_box_tokenizer or "")
     fingerprint = vocabulary_fingerprint(tokenizer.vocabulary)
     base = BaseModel(
@@ -245,12 +244,55 @@ def _build_black_box(settings: Settings, url: str) -> Engine:
     )
     return BlackBoxEngine(
         Provider(url, settings.black_box_model or "", build_provider_client(key), limits),
-        Stepper(base, unseen=options.unseen, kv_bytes=settings.black_box_adapter_kv_bytes),
+        Stepper(base, unseen=options.unseen, kv_bytes=settings.adapter_kv_bytes),
         tokenizer,
         options,
         vocabulary_sha256=fingerprint,
         max_concurrent=settings.max_concurrent_candidates,
     )
+
+
+def _build_transformers(settings: Settings, model: str) -> Engine:
+    """Base and adapter LMs in this process. Raises `TrimtabError`: there is no such model or tokenizer."""
+    with _needs_torch("a base that runs in transformers"):
+        from trimtab_adapters.in_process.stepper import BaseModel, Stepper  # noqa: PLC0415 - loads torch
+        from trimtab_adapters.in_process.tokenizer import load_base_tokenizer  # noqa: PLC0415
+        from trimtab_adapters.in_process.transformers_base import load_transformers_base  # noqa: PLC0415
+    tokenizer = load_base_tokenizer(model)
+    fingerprint = vocabulary_fingerprint(tokenizer.vocabulary)
+    lm = load_transformers_base(
+        model,
+        tokenizer.num_tokens,
+        dtype=settings.transformers_dtype,
+        device=settings.transformers_device,
+        context=settings.transformers_context,
+    )
+    base = BaseModel(
+        vocab_size=tokenizer.num_tokens,
+        num_tokens=tokenizer.num_tokens,
+        vocabulary_sha256=fingerprint,
+        max_model_len=lm.limits.total,
+    )
+    return TransformersEngine(
+        Stepper(base, lm=lm, kv_bytes=settings.adapter_kv_bytes),
+        tokenizer,
+        model=model,
+        limits=lm.limits,
+        has_encoder=lm.has_encoder,
+        vocabulary_sha256=fingerprint,
+        max_concurrent=settings.max_concurrent_candidates,
+    )
+
+
+@contextmanager
+def _needs_torch(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        raise InvalidRequestError(
+            f"{what} needs packages that are not installed here ({exc}): adapter LMs run in the gateway's process, "
+            "with torch and transformers"
+        ) from exc
 
 
 def engine_command(settings: Settings, port: int) -> list[str]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from trimtab_adapters.contract.black_box import UnseenTokens
+from trimtab_adapters.contract.sampling import UnseenTokens
 
 RolloutMode = Literal["off", "async", "durable"]
 
@@ -75,6 +75,18 @@ class Settings(BaseSettings):
     """More arguments for the supervised engine, as on vLLM's command line."""
     engine_nice: int = Field(default=10, ge=0, le=19)
     """Priority of the supervised engine. Its busy loops would starve the gateway on a small machine at priority 0."""
+    engine_kind: Literal["vllm", "transformers"] = "vllm"
+    """What runs `model`: a supervised engine of vLLM, or transformers in the gateway's own process, which is slower and
+    also runs encoder-decoder models."""
+    transformers_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights in transformers; `auto` is that of its files."""
+    transformers_device: str = "cpu"
+    """Where the base runs in transformers. Adapter LMs run on the CPU beside it."""
+    transformers_context: int | None = Field(default=None, ge=2)
+    """Most tokens of prompt and answer together in transformers, where the model does not say so or less is wanted."""
+    adapter_kv_bytes: int = Field(default=1 << 30, gt=0)
+    """Budget of the adapter LMs' KV cache where they run in the gateway's process: beside a black box, and in
+    transformers."""
     black_box_url: str | None = None
     """Base URL of an OpenAI-compatible completions API, with its version (`https://host/v1`), behind which the base
     model is. It takes the place of an engine, and adapter LMs run in the gateway's process."""
@@ -106,8 +118,6 @@ class Settings(BaseSettings):
     """Further attempts at a call after what may pass."""
     black_box_max_calls: int = Field(default=32, ge=1, le=4096)
     """Calls at the same time."""
-    black_box_adapter_kv_bytes: int = Field(default=1 << 30, gt=0)
-    """Budget of the adapter LMs' KV cache in the gateway's process."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("api_keys", "admin_keys", "engine_urls", "adapter_roots", mode="before")
@@ -158,6 +168,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host {self.host!r} can be reached from other machines: set TRIMTAB_API_KEYS, or listen on 127.0.0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _transformers_run_a_model(self) -> Self:
+        if self.engine_kind == "transformers" and (self.model is None or self.engine_urls or self.engine_args):
+            raise ValueError("engine_kind transformers needs model, and has no use for engine_urls and engine_args")
         return self
 
     @model_validator(mode="after")

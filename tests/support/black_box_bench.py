@@ -7,12 +7,12 @@ from typing import Any
 
 from fake_provider import FakeProvider
 from tiny_models import NUM_TOKENS, TinyModels
-from trimtab_adapters.black_box.stepper import Session, Stepper
-from trimtab_adapters.black_box.tokenizer import BaseTokenizer
-from trimtab_adapters.contract.black_box import UnseenTokens
 from trimtab_adapters.contract.errors import adapter_error
 from trimtab_adapters.contract.manifest import vocabulary_fingerprint
 from trimtab_adapters.contract.params import AdapterWeight, SteeringParams
+from trimtab_adapters.contract.sampling import UnseenTokens
+from trimtab_adapters.in_process.stepper import Session, Stepper
+from trimtab_adapters.in_process.tokenizer import BaseTokenizer
 from trimtab_adapters.residents import BaseModel
 from trimtab_server.engine.base import EngineRequest
 from trimtab_server.engine.black_box import BlackBoxEngine

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from trimtab_adapters.contract.errors import (
     AdapterError,
@@ -100,10 +100,30 @@ def load_causal_lm(directory: Path, *, dtype: torch.dtype, device: str) -> Any:
         AdapterError: It is not a directory that transformers can load.
         WeightsError: Weights are missing or do not fit the configuration.
     """
+    return _load(AutoModelForCausalLM, "a causal LM", directory, dtype, device)
+
+
+def load_base_lm(directory: Path, *, dtype: torch.dtype, device: str) -> Any:
+    """Load a base model, which may be an encoder-decoder one. Otherwise as `load_causal_lm`."""
+    if not _has_encoder(directory):
+        return load_causal_lm(directory, dtype=dtype, device=device)
+    return _load(AutoModelForSeq2SeqLM, "an encoder-decoder LM", directory, dtype, device)
+
+
+def _has_encoder(directory: Path) -> bool:
+    """Whether a directory's configuration is that of an encoder-decoder model; False where there is none to read."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return False  # loading will say what is wrong
+    return bool(config.is_encoder_decoder)
+
+
+def _load(auto: Any, what: str, directory: Path, dtype: torch.dtype, device: str) -> Any:
     if not directory.is_dir():
         raise AdapterError(f"{directory} is not a directory; download the model first and name its local directory")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             directory,
             dtype=dtype,
             local_files_only=True,
@@ -113,7 +133,7 @@ def load_causal_lm(directory: Path, *, dtype: torch.dtype, device: str) -> Any:
         )
         model = model.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, json.JSONDecodeError) as exc:
-        raise AdapterError(f"{directory} cannot be loaded as a causal LM: {exc}") from exc
+        raise AdapterError(f"{directory} cannot be loaded as {what}: {exc}") from exc
     missing, mismatched = sorted(map(str, report["missing_keys"])), sorted(map(str, report["mismatched_keys"]))
     if missing or mismatched:
         raise WeightsError(f"{directory}: missing weights {missing[:3]}, wrong shapes {mismatched[:3]}")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from trimtab_adapters import mixing
+from trimtab_training.encoder_decoder import base_reader as default_reader
+from trimtab_training.encoder_decoder import has_encoder
 from trimtab_training.logits_reader import LogitsReader, PaddedReader
 from trimtab_training.models import max_positions
 from trimtab_training.padding import TokenIds, padded
@@ -54,7 +56,7 @@ class TailoredPolicy:
     """pi = softmax(z_base + alpha * log_softmax(z_adapter)), the product of experts of IPA.
 
     Args:
-        base: Causal LM of transformers. Its parameters are frozen here.
+        base: Causal or encoder-decoder LM of transformers. Its parameters are frozen here.
         adapter: Causal LM of transformers; the only part with gradients.
         alpha: Weight of the adapter's log-probabilities, negative allowed.
         num_known: Number of tokens of the shared tokenizer. Columns of the adapter beyond it (padding, control
@@ -80,7 +82,7 @@ class TailoredPolicy:
         self.alpha = alpha
         self.num_known = num_known
         self._reader = reader or PaddedReader()
-        self._base_reader = base_reader or self._reader
+        self._base_reader = base_reader or default_reader(base, self._reader)
         self._compute_dtype = compute_dtype
 
     @property
@@ -94,11 +96,15 @@ class TailoredPolicy:
         """V, the width of the base logits."""
         return int(self.base.get_output_embeddings().weight.shape[0])
 
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens of a row, the adapter's prefix included, that both models' positions allow."""
-        limits = [max_positions(self.base), max_positions(self.adapter)]
-        return min((limit for limit in limits if limit is not None), default=1 << 30)
+    def fits(self, num_prefix: int, num_prompt: int, num_output: int) -> bool:
+        """Whether both models have positions for a row: the adapter for all of it, the base for prompt and output.
+
+        Of an encoder-decoder base prompt and output have positions of their own.
+        """
+        whole = num_prompt + num_output
+        base = max(num_prompt, num_output) if has_encoder(self.base) else whole
+        limits = ((max_positions(self.adapter), num_prefix + whole), (max_positions(self.base), base))
+        return all(limit is None or needed <= limit for limit, needed in limits)
 
     def can_read(self, prompt_token_ids: TokenIds, output_token_ids: TokenIds, adapter_prefix: TokenIds) -> bool:
         """Whether `forward` takes a row: not empty, not too long, and without token ids beyond the tokenizer.
@@ -107,7 +113,7 @@ class TailoredPolicy:
         """
         return (
             bool(prompt_token_ids and output_token_ids)
-            and len(adapter_prefix) + len(prompt_token_ids) + len(output_token_ids) <= self.max_tokens
+            and self.fits(len(adapter_prefix), len(prompt_token_ids), len(output_token_ids))
             and max(*prompt_token_ids, *output_token_ids) < self.num_known
         )
 

@@ -263,10 +263,9 @@ class LocalSource:
         token_ids = prompt.token_ids if prompt.token_ids is not None else tuple(self._vocabulary.encode(prompt.text))
         if not token_ids:
             raise InvalidRequestError(f"the prompt {prompt.text!r} has no tokens")
-        needed = len(self._adapter_prefix) + len(token_ids) + self._sampling.max_tokens
-        if needed > self._policy.max_tokens:
+        if not self._policy.fits(len(self._adapter_prefix), len(token_ids), self._sampling.max_tokens):
             raise InvalidRequestError(
-                f"a prompt of {len(token_ids)} tokens and {self._sampling.max_tokens} new ones need {needed} places, "
-                f"the models have {self._policy.max_tokens}; lower sampling.max_tokens or leave the prompt out"
+                f"the models' positions do not allow a prompt of {len(token_ids)} tokens and "
+                f"{self._sampling.max_tokens} new ones; lower sampling.max_tokens or leave the prompt out"
             )
         return token_ids

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trimtab_training.encoder_decoder import CachedDecoder, has_encoder
 from trimtab_training.interruption import Interruption
 from trimtab_training.padding import TokenIds, padded, position_ids
 from trimtab_training.policy import TailoredPolicy, evaluating
@@ -89,7 +90,8 @@ def sample_outputs(
     is_done = torch.zeros(len(prompt_token_ids), dtype=torch.bool, device=device)
     columns: list[Tensor] = []
     with evaluating(policy.adapter):
-        base = CachedModel(policy.base, prompt_token_ids, device)
+        cached = CachedDecoder if has_encoder(policy.base) else CachedModel
+        base = cached(policy.base, prompt_token_ids, device)
         adapter = None
         if adapter_prefix is not None:
             adapter = CachedModel(policy.adapter, [(*adapter_prefix, *p) for p in prompt_token_ids], device)

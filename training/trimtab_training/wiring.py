@@ -20,6 +20,7 @@ from trimtab_training.checkpoint import (
 )
 from trimtab_training.config import RewardConfig, TrainConfig
 from trimtab_training.distillation.fidelity import FIDELITY_FILE
+from trimtab_training.encoder_decoder import base_reader
 from trimtab_training.evaluation.procedures import STANDARD, Chosen, parse_procedure
 from trimtab_training.evaluation_config import SERVED, SecondRewardConfig
 from trimtab_training.gateway import GatewayClient
@@ -32,6 +33,7 @@ from trimtab_training.models import (
     Vocabulary,
     end_token_ids,
     load_adapter_start,
+    load_base_lm,
     load_causal_lm,
     num_output_columns,
 )
@@ -105,7 +107,7 @@ def build_learner(
         if models.lora is not None:
             adapter = load_lora(adapter, checkpoint.adapter_path)
         start = AdapterStart(adapter, run.control_token_ids, run.fixed_prefix, run.parent)
-    base = load_causal_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
+    base = load_base_lm(models.base_model, dtype=getattr(torch, models.base_dtype), device=models.device)
     num_known = min(vocabulary.num_tokens, num_output_columns(base), num_output_columns(start.model))
     learner = Learner(
         policy_of(models, base, start.model, num_known=num_known, build_policy=build_policy),
@@ -129,7 +131,9 @@ def policy_of(
 ) -> TailoredPolicy:
     """Both models as the configuration wants them computed with."""
     reader: LogitsReader = PaddedReader() if models.pack_tokens is None else PackedReader(models.pack_tokens)
-    base_reader = BaseLogitsCache(reader, int(models.base_cache_gib * 2**30)) if models.base_cache_gib else reader
+    own_reader = base_reader(base, reader)
+    if models.base_cache_gib:
+        own_reader = BaseLogitsCache(own_reader, int(models.base_cache_gib * 2**30))
     if models.gradient_checkpointing:
         adapter.gradient_checkpointing_enable()
     return build_policy(
@@ -138,7 +142,7 @@ def policy_of(
         alpha=models.alpha,
         num_known=num_known,
         reader=reader,
-        base_reader=base_reader,
+        base_reader=own_reader,
         compute_dtype=getattr(torch, models.compute_dtype),
     )
 

@@ -119,13 +119,16 @@ class EngineStatus(_Message):
 
     boot_id: str
     """Changes when the engine process restarts: everything loaded before is gone."""
-    kind: Literal["vllm", "black_box"] = "vllm"
-    """`black_box`: the base is behind somebody else's API, and adapters run in the gateway."""
+    kind: Literal["vllm", "black_box", "transformers"] = "vllm"
+    """`black_box`: the base is behind somebody else's API, and adapters run in the gateway. `transformers`: both run
+    there."""
     vllm_version: str
-    """Empty where the base is a black box."""
+    """Empty where the base is not in vLLM."""
     runner: Literal["v1", "v2", "none"]
     model: str
     max_model_len: int
+    max_output_len: int | None = None
+    """Longest answer, where a base with an encoder bounds it apart from the prompt."""
     vocab_size: int
     """Width of the base model's logits."""
     vocabulary_sha256: str

@@ -17,6 +17,10 @@ def serve(
     engine_url: Annotated[
         list[str] | None, typer.Option(help="Engine that runs elsewhere (one). Without it an engine is started here.")
     ] = None,
+    engine_kind: Annotated[
+        str | None,
+        typer.Option(help="What runs the model: vllm (default), or transformers in the gateway's process; slower."),
+    ] = None,
     black_box_url: Annotated[
         str | None, typer.Option(help="Completions API of a base behind somebody else's API, such as https://host/v1.")
     ] = None,
@@ -54,7 +58,7 @@ def serve(
         list[str] | None, typer.Argument(metavar="-- ENGINE_ARGS", help="More arguments for the engine.")
     ] = None,
 ) -> None:
-    """Start the gateway and, unless --engine-url or --black-box-url is given, an engine.
+    """Start the gateway and, unless --engine-url, --black-box-url or --engine-kind transformers is given, an engine.
 
     What no option says comes from the environment: TRIMTAB_MODEL, TRIMTAB_ENGINE_URLS and so on. The key of a black
     box comes from there alone: TRIMTAB_BLACK_BOX_API_KEY.
@@ -66,6 +70,7 @@ def serve(
         "served_model_name": served_model_name,
         "adapters": adapter,
         "engine_urls": engine_url,
+        "engine_kind": engine_kind,
         "black_box_url": black_box_url,
         "black_box_model": black_box_model,
         "black_box_tokenizer": black_box_tokenizer,

@@ -169,7 +169,7 @@ class GenerationJob:
             grown = steering.guidance.model_copy(update={"token_ids": steering.guidance.token_ids + output_token_ids})
             steering = steering.model_copy(update={"guidance": grown})
         body |= self.seeded(piece * self.num_candidates + number)
-        return EngineRequest("completions", body, steering, uid)
+        return EngineRequest("completions", body, steering, uid, num_begun=len(output_token_ids))
 
     def seeded(self, number: int) -> dict[str, int]:
         """The seed of a numbered draw, as a field of the engine's body; nothing where the caller gave no seed."""

@@ -187,10 +187,12 @@ class PromptRun:
         Raises:
             InvalidRequestError: Prompt and answer do not fit; the engine would only see it at a late piece.
         """
-        token_ids, max_model_len = await self.prompt_token_ids(), (await self.engine.status()).max_model_len
-        if len(token_ids) + (self.job.max_tokens or 0) > max_model_len:
+        token_ids, status = await self.prompt_token_ids(), await self.engine.status()
+        num_left = status.max_model_len - len(token_ids)
+        if (self.job.max_tokens or 0) > min(num_left, status.max_output_len or num_left):
+            own = "" if status.max_output_len is None else f", {status.max_output_len} of them for the answer"
             raise InvalidRequestError(
-                f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
+                f"This model's maximum context length is {status.max_model_len} tokens{own}. However, your prompt has "
                 f"{len(token_ids)} tokens, and up to {self.job.max_tokens} are to be generated after it.",
                 param="max_tokens",
                 code="context_length_exceeded",

@@ -1,6 +1,7 @@
 """The seam to an engine: what the gateway asks of one, and what comes back.
 
-Two implementations from the first day: `vllm_http.VllmEngine` (a stock vLLM server with Trimtab's plug-ins) and
+Implementations: `vllm_http.VllmEngine` (a stock vLLM server with Trimtab's plug-ins), `black_box.BlackBoxEngine` (a
+base behind somebody else's API), `transformers_engine.TransformersEngine` (a base in this process) and
 `fake.FakeEngine` (deterministic, for unit tests and client examples).
 
 The gateway fans `n`, `best_of` and lists of prompts out itself, so an engine request always is one prompt and one
@@ -32,12 +33,15 @@ class EngineRequest:
             the engine adds the steering to them.
         steering: None for a candidate that is neither steered nor explained.
         request_id: For the engine's log and traces; unique per candidate.
+        num_begun: Of the ids of a completion's prompt, how many at the end are the answer so far. Only a base whose
+            encoder reads prompts has to know.
     """
 
     endpoint: Endpoint
     body: dict[str, Any]
     steering: SteeringParams | None
     request_id: str
+    num_begun: int = 0
 
     def is_next_of(self, other: "EngineRequest") -> bool:
         """Whether this is what comes after another in a group: nothing is steered, and only the seed is one larger."""

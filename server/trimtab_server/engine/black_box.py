@@ -16,27 +16,23 @@ from typing import Any, Generic, TypeVar
 
 from cachetools import TTLCache
 
-from trimtab_adapters.contract.black_box import UnseenTokens
 from trimtab_adapters.contract.engine_api import EngineStatus, LoadedVersion, RetireReply
-from trimtab_adapters.contract.errors import (
-    AdapterMemoryFullError,
-    EngineError,
-    EngineRequestError,
-    RequestError,
-    adapter_error,
-)
+from trimtab_adapters.contract.errors import EngineError
 from trimtab_adapters.contract.params import VersionId
 from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_adapters.contract.sampling import ContextLimits, UnseenTokens
+from trimtab_server.engine.answer_text import AnswerText, Tokenizer
+from trimtab_server.engine.answer_writer import AnswerWriter
 from trimtab_server.engine.base import Candidate, EngineDelta, EngineRequest
-from trimtab_server.engine.black_box_answer import AnswerWriter, Position, WholePiece, read_piece, read_positions
+from trimtab_server.engine.base_kinds import Api, black_box_kind
+from trimtab_server.engine.black_box_answer import Position, WholePiece, read_piece, read_positions
 from trimtab_server.engine.black_box_cost import Cost, cost_of
 from trimtab_server.engine.black_box_provider import Provider
-from trimtab_server.engine.black_box_request import Api, BlackBoxRequest, RequestReader
-from trimtab_server.engine.black_box_steering import Steerer
-from trimtab_server.engine.black_box_text import AnswerText, Tokenizer
 from trimtab_server.engine.black_box_tokens import TokenMap
 from trimtab_server.engine.candidate_builder import CandidateBuilder
 from trimtab_server.engine.candidate_slots import CandidateSlots
+from trimtab_server.engine.sampling_request import RequestReader, SamplingRequest
+from trimtab_server.engine.steerer import Steerer, commit_version, prepare_version
 
 S = TypeVar("S")
 
@@ -111,7 +107,9 @@ class BlackBoxEngine(Generic[S]):
         self._name = name
         self._boot_id = uuid.uuid4().hex
         self._tokens = TokenMap(tokenizer.token_bytes(), tokenizer.vocabulary)
-        self._reader = RequestReader(tokenizer, options.max_model_len, options.unseen, options.api)
+        self._reader = RequestReader(
+            tokenizer, ContextLimits.shared(options.max_model_len), black_box_kind(options.api, options.unseen)
+        )
         self._automatic = tokenizer.encode("", add_special_tokens=True)
         self._slots = CandidateSlots(max_concurrent)
         self._first: TTLCache[tuple[int, ...], asyncio.Task[_Shown]] = TTLCache(_MAX_FIRST, FIRST_KEPT_S, clock)
@@ -171,7 +169,7 @@ class BlackBoxEngine(Generic[S]):
                 builder.add(delta)
         return builder.candidate()
 
-    async def _whole(self, requests: Sequence[EngineRequest], asked: BlackBoxRequest) -> list[Candidate]:
+    async def _whole(self, requests: Sequence[EngineRequest], asked: SamplingRequest) -> list[Candidate]:
         """Candidates that the provider samples by itself, in one call."""
 
         def read(data: dict[str, Any]) -> list[WholePiece]:
@@ -201,7 +199,7 @@ class BlackBoxEngine(Generic[S]):
             async for delta in deltas:
                 yield delta
 
-    async def _streamed(self, request: EngineRequest, asked: BlackBoxRequest) -> AsyncGenerator[EngineDelta, None]:
+    async def _streamed(self, request: EngineRequest, asked: SamplingRequest) -> AsyncGenerator[EngineDelta, None]:
         """An answer that the provider samples by itself."""
         writer, cost = self._writer(request, asked), Cost()
         async with aclosing(self._provider.stream(self._whole_body(asked))) as chunks:
@@ -218,7 +216,7 @@ class BlackBoxEngine(Generic[S]):
                     yield writer.delta(piece.text, piece.tokens)
         yield writer.usage(cost)
 
-    async def _steered(self, request: EngineRequest, asked: BlackBoxRequest) -> AsyncGenerator[EngineDelta, None]:
+    async def _steered(self, request: EngineRequest, asked: SamplingRequest) -> AsyncGenerator[EngineDelta, None]:
         """An answer that is sampled here, token by token."""
         params = request.steering if request.steering is not None and request.steering.needs_row else None
         writer, text, cost = self._writer(request, asked), AnswerText(self._tokenizer, asked), Cost()
@@ -280,7 +278,7 @@ class BlackBoxEngine(Generic[S]):
         self._provider.count(Cost(unmapped_tokens=num_unmapped, resplit_calls=cost.resplit_calls))
         return _Shown(positions, cost)
 
-    def _whole_body(self, asked: BlackBoxRequest) -> dict[str, Any]:
+    def _whole_body(self, asked: SamplingRequest) -> dict[str, Any]:
         return {
             **(asked.passed_on or {}),
             "prompt": self._prompt(asked.prompt_token_ids),
@@ -299,13 +297,13 @@ class BlackBoxEngine(Generic[S]):
         num_own = len(self._automatic) if list(token_ids[: len(self._automatic)]) == self._automatic else 0
         return self._tokenizer.decode(token_ids[num_own:], skip_special_tokens=False)
 
-    def _writer(self, request: EngineRequest, asked: BlackBoxRequest) -> AnswerWriter:
+    def _writer(self, request: EngineRequest, asked: SamplingRequest) -> AnswerWriter:
         restriction = {"unseen": self._options.unseen, "top_logprobs": self._options.num_top}
         is_whole = asked.passed_on is not None
         prompt, num_top = asked.prompt_token_ids, asked.rules.num_top
         return AnswerWriter(request, prompt, self._tokenizer, num_top, None if is_whole else restriction)
 
-    async def _read(self, request: EngineRequest) -> BlackBoxRequest:
+    async def _read(self, request: EngineRequest) -> SamplingRequest:
         """In a thread: tokenising a long prompt takes its time."""
         return await asyncio.to_thread(self._reader.read, request)
 
@@ -319,20 +317,11 @@ class BlackBoxEngine(Generic[S]):
 
     async def prepare(self, version: VersionId, path: str) -> LoadedVersion:
         """Load and validate a version. Raises `AdapterError`, or `AdapterMemoryFullError`."""
-        loaded = await self._steerer.prepare(version, path)
-        if loaded.state == "failed":
-            message = loaded.error or f"version {version} could not be loaded"
-            if loaded.error_code == AdapterMemoryFullError.default_code:
-                raise AdapterMemoryFullError(message)
-            raise adapter_error(message, loaded.error_code)
-        return loaded
+        return await prepare_version(self._steerer, version, path)
 
     async def commit(self, version: VersionId) -> LoadedVersion:
         """Make a prepared version usable, between two steps."""
-        try:
-            return await self._steerer.commit(version)
-        except RequestError as exc:
-            raise EngineRequestError(exc.message, engine_status=exc.status) from exc
+        return await commit_version(self._steerer, version)
 
     async def retire(self, version: VersionId) -> RetireReply:
         """Refuse new rows for a version and free it with the last row that uses it."""
@@ -340,14 +329,7 @@ class BlackBoxEngine(Generic[S]):
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """`/tokenize` and `/detokenize` as vLLM has them."""
-        if path == "/tokenize":
-            token_ids = await asyncio.to_thread(self._reader.tokenize, body)
-            limit = self._options.max_model_len
-            return {"count": len(token_ids), "max_model_len": limit, "tokens": token_ids, "token_strs": None}
-        if path == "/detokenize":
-            token_ids = self._reader.token_ids(body.get("tokens"))
-            return {"prompt": await asyncio.to_thread(self._tokenizer.decode, token_ids, skip_special_tokens=False)}
-        raise EngineRequestError("Not Found", engine_status=404)
+        return await self._reader.post(path, body)
 
     async def aclose(self) -> None:
         """Close the connections and end the steering's thread."""

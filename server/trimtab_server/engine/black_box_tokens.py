@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trimtab_adapters.contract.black_box import TopLogprobs
 from trimtab_adapters.contract.errors import EngineError
 from trimtab_adapters.contract.params import FAILED_LOGPROB
+from trimtab_adapters.contract.sampling import TopLogprobs
 
 _TOKEN_ID = re.compile(r"token_id:(\d{1,10})", re.ASCII)
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)", re.ASCII)

@@ -112,7 +112,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(local: LocalSource) -> None:
     """128 positions: 1 prefix token, 4 new ones, so 123 for the prompt."""
     longest = Prompt("", tuple([3] * 123))
     assert len(local.draw([longest], num_per_prompt=1, seed=0, steered=True)[0]) == 1
-    with pytest.raises(InvalidRequestError, match="129 places, the models have 128"):
+    with pytest.raises(InvalidRequestError, match="positions do not allow a prompt of"):
         local.draw([Prompt("", tuple([3] * 124))], num_per_prompt=1, seed=0, steered=True)
 
 

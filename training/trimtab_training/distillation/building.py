@@ -11,7 +11,7 @@ from trimtab_training.distillation.config import LocalTeacher as LocalTeacherCon
 from trimtab_training.distillation.teachers import ApiTeacher, LocalTeacher, Teacher
 from trimtab_training.gateway import GatewayClient
 from trimtab_training.interruption import Interruption
-from trimtab_training.models import load_causal_lm, load_vocabulary
+from trimtab_training.models import load_base_lm, load_vocabulary
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def built_teacher(config: DistillConfig, interruption: Interruption) -> Iterator
     """
     vocabulary, teacher = load_vocabulary(config.student), config.teacher
     if isinstance(teacher, LocalTeacherConfig):
-        model = load_causal_lm(teacher.path, dtype=torch.float32, device=config.device)
+        model = load_base_lm(teacher.path, dtype=torch.float32, device=config.device)
         yield LocalTeacher(model, sampling=config.sampling, top_logprobs=config.top_logprobs, vocabulary=vocabulary)
         return
     client = GatewayClient(

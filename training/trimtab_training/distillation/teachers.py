@@ -11,8 +11,8 @@ import torch
 from trimtab_adapters.contract.errors import EngineError
 from trimtab_training.config import SamplingConfig
 from trimtab_training.distillation.teacher_samples import TeacherSample
+from trimtab_training.encoder_decoder import base_reader
 from trimtab_training.gateway import GatewayClient
-from trimtab_training.logits_reader import PaddedReader
 from trimtab_training.models import Vocabulary, end_token_ids
 from trimtab_training.padding import padded
 from trimtab_training.policy import TailoredPolicy
@@ -131,7 +131,7 @@ class ApiTeacher:
 
 
 class LocalTeacher:
-    """A causal LM in this process, for tests and models that fit.
+    """A causal or encoder-decoder LM in this process, for tests and models that fit.
 
     Args:
         model: The teacher.
@@ -170,7 +170,7 @@ class LocalTeacher:
         )
         ids, _ = padded(outputs, left=False, device=self._policy.device)
         with torch.no_grad():
-            logits = PaddedReader()(self._policy.base, contexts, outputs)[..., : self._policy.num_known]
+            logits = base_reader(self._policy.base)(self._policy.base, contexts, outputs)[..., : self._policy.num_known]
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             tokens = logprobs.gather(-1, ids[..., None])[..., 0]
             tops = logprobs.topk(min(self._top_logprobs, logprobs.shape[-1]), dim=-1)

@@ -12,8 +12,8 @@ from black_box_bench import TOP_K, Bench, MakeBench, Steppers
 from fake_provider import FAST, FakeProvider
 from steering_reference import Reference
 from tiny_models import TinyModels
-from trimtab_adapters.black_box.tokenizer import BaseTokenizer, load_base_tokenizer
 from trimtab_adapters.contract.manifest import vocabulary_fingerprint
+from trimtab_adapters.in_process.tokenizer import BaseTokenizer, load_base_tokenizer
 from trimtab_server.engine.black_box import BlackBoxEngine, BlackBoxOptions
 from trimtab_server.engine.black_box_provider import ProviderLimits
 

@@ -41,7 +41,7 @@ def settings_for(url: str, tiny_models: TinyModels, data_dir: Path, **more: Any)
         black_box_tokenizer=str(tiny_models.base),
         black_box_context=64,
         black_box_max_retries=0,
-        black_box_adapter_kv_bytes=16 << 20,
+        adapter_kv_bytes=16 << 20,
         **more,
     )
 
@@ -220,7 +220,7 @@ async def test_a_tokenizer_that_is_none_stops_the_start(tiny_models: TinyModels,
 async def test_without_torch_the_start_says_what_is_missing(
     tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "trimtab_adapters.black_box.stepper", None)
+    monkeypatch.setitem(sys.modules, "trimtab_adapters.in_process.stepper", None)
     with pytest.raises(InvalidRequestError, match="not installed here"):
         await build_parts(settings_for("http://127.0.0.1:9", tiny_models, tmp_path / "data"))
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from trimtab_adapters.contract.black_box import SamplingRules
-from trimtab_server.engine.black_box_request import BlackBoxRequest
-from trimtab_server.engine.black_box_text import AnswerText, Detokenizer, StopScanner, TextPiece
+from trimtab_adapters.contract.sampling import SamplingRules
+from trimtab_server.engine.answer_text import AnswerText, Detokenizer, StopScanner, TextPiece
+from trimtab_server.engine.sampling_request import SamplingRequest
 
 
 class Utf8:
@@ -42,7 +42,7 @@ class Words(Utf8):
         return " ".join(f"w{i}" for i in token_ids)
 
 
-def asked(prompt: str = "p", **changes: Any) -> BlackBoxRequest:
+def asked(prompt: str = "p", **changes: Any) -> SamplingRequest:
     fields: dict[str, Any] = {
         "prompt_token_ids": list(prompt.encode()),
         "max_tokens": 100,
@@ -54,10 +54,10 @@ def asked(prompt: str = "p", **changes: Any) -> BlackBoxRequest:
         "skip_special_tokens": True,
         "passed_on": None,
     }
-    return BlackBoxRequest(**(fields | changes))
+    return SamplingRequest(**(fields | changes))
 
 
-def pieces(request: BlackBoxRequest, token_ids: Sequence[int]) -> list[TextPiece]:
+def pieces(request: SamplingRequest, token_ids: Sequence[int]) -> list[TextPiece]:
     text = AnswerText(Utf8(), request)
     return [text.push(token_id) for token_id in token_ids]
 

@@ -1,7 +1,7 @@
-"""The steering core beside a black-box base: one thread, one batch of rows at a time, whoever waits for a token.
+"""The steering core without vLLM: one thread, one batch of rows at a time, whoever waits for a token.
 
-The engine that runs the base is somewhere else, so rows come when its answers come. All that wait while a step runs
-are in the next one together. Everything of torch happens on this one thread.
+The base is behind somebody else's API, so that rows come when its answers come, or a LM of transformers on this same
+thread. All rows that wait while a step runs are in the next one together. Everything of torch happens on this thread.
 """
 
 import asyncio
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab_adapters.black_box.sampling import base_row, constrained, sample
-from trimtab_adapters.contract.black_box import SampledToken, SamplingRules, SteeringStatus, TopLogprobs, UnseenTokens
 from trimtab_adapters.contract.engine_api import LoadedVersion, RetireReply
-from trimtab_adapters.contract.errors import EngineRequestError, SteeringError
+from trimtab_adapters.contract.errors import EngineError, EngineRequestError, SteeringError
 from trimtab_adapters.contract.params import SteeringParams, VersionId
 from trimtab_adapters.contract.records import SteeringRecord
+from trimtab_adapters.contract.sampling import SampledToken, SamplingRules, SteeringStatus, TopLogprobs, UnseenTokens
+from trimtab_adapters.in_process.sampling import base_row, constrained, sample
+from trimtab_adapters.in_process.transformers_base import BaseRow, TransformersBase
 from trimtab_adapters.record_buffer import RecordBuffer
 from trimtab_adapters.residents import BaseModel, Residents
 from trimtab_adapters.steered_row import SteeredRow
@@ -49,11 +50,13 @@ class Session:
         row: Its tokens and terms; steered by nothing when the request wants no steering.
         rules: How it is sampled.
         is_recorded: Whether somebody will take its record.
+        base: What the base has read, where it runs here.
     """
 
     row: SteeredRow
     rules: SamplingRules
     is_recorded: bool
+    base: BaseRow | None = None
     counts: Counter[int] = field(default_factory=Counter)
     dice: np.random.Generator = field(default_factory=np.random.default_rng)
     is_closed: bool = False
@@ -62,7 +65,7 @@ class Session:
 @dataclass(frozen=True, slots=True)
 class _Step:
     session: Session
-    top: TopLogprobs
+    top: TopLogprobs | None
     future: "Future[SampledToken]"
 
 
@@ -76,12 +79,13 @@ _Work = SimpleQueue[_Step | _Call | None]
 
 
 class Stepper:
-    """Steers and samples answers of a black-box base.
+    """Steers and samples answers of a base behind an API, or of one that runs on the stepper's thread.
 
     The thread starts with the object and ends with it, or with `aclose`.
 
     Args:
         base: What adapters must fit; `vocab_size` is the number of the tokenizer's tokens.
+        lm: The base itself; None when an API shows its distributions, which are then given to `step`.
         unseen: What becomes of tokens that the API does not show.
         kv_bytes: Budget of the adapters' KV cache.
         weight_bytes: Budget of their weights; None means no bound.
@@ -92,15 +96,16 @@ class Stepper:
         self,
         base: BaseModel,
         *,
-        unseen: UnseenTokens,
+        lm: TransformersBase | None = None,
+        unseen: UnseenTokens = "exclude",
         kv_bytes: int,
         weight_bytes: int | None = None,
         device: torch.device | None = None,
     ) -> None:
         residents = Residents(base, device or torch.device("cpu"), kv_bytes=kv_bytes, weight_bytes=weight_bytes)
-        self._worker = _Worker(residents, unseen)
+        self._worker = _Worker(residents, lm, unseen)
         self._work: _Work = SimpleQueue()
-        threading.Thread(target=_serve, args=(self._work, self._worker), name="black-box-steering", daemon=True).start()
+        threading.Thread(target=_serve, args=(self._work, self._worker), name="steering", daemon=True).start()
         self._end = weakref.finalize(self, self._work.put, None)
 
     def aclose(self) -> None:
@@ -112,15 +117,26 @@ class Stepper:
         return await self._run(self._worker.status)
 
     async def open(
-        self, params: SteeringParams | None, prompt_token_ids: Sequence[int], rules: SamplingRules
+        self,
+        params: SteeringParams | None,
+        prompt_token_ids: Sequence[int],
+        rules: SamplingRules,
+        *,
+        num_begun: int = 0,
     ) -> Session:
         """Begin an answer; its adapters read the prompt. `close` it in the end.
+
+        Args:
+            params: None steers by nothing.
+            prompt_token_ids: At least one.
+            rules: How the answer is sampled.
+            num_begun: How many ids at the end of the prompt are the answer so far, which an encoder does not read.
 
         Raises:
             SteeringError: It cannot be steered as asked.
         """
         future: Future[Session] = Future()
-        self._work.put(_Call(lambda: self._worker.open(params, prompt_token_ids, rules), future))
+        self._work.put(_Call(lambda: self._worker.open(params, prompt_token_ids, rules, num_begun), future))
         try:
             session = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -141,12 +157,17 @@ class Stepper:
         """Let go of what an answer holds."""
         self._work.put(_Call(lambda: self._worker.close(session), Future()))
 
-    async def step(self, session: Session, top: TopLogprobs) -> SampledToken:
+    async def step(self, session: Session, top: TopLogprobs | None = None) -> SampledToken:
         """Steer the base's next-token distribution and sample the answer's next token.
+
+        Args:
+            session: The answer.
+            top: What an API showed of that distribution; None when the base runs here.
 
         Raises:
             SteeringError: Steering failed; there is no token.
-            EngineRequestError: The constraints of the request leave none of the tokens that the API showed.
+            EngineError: The base failed.
+            EngineRequestError: The constraints of the request leave none of the tokens.
         """
         future: Future[SampledToken] = Future()
         self._work.put(_Step(session, top, future))
@@ -190,8 +211,9 @@ class Stepper:
 class _Worker:
     """What the thread owns."""
 
-    def __init__(self, residents: Residents, unseen: UnseenTokens) -> None:
+    def __init__(self, residents: Residents, lm: TransformersBase | None, unseen: UnseenTokens) -> None:
         self.residents = residents
+        self._lm = lm
         self.core = SteeringCore(residents.committed, vocab_size=residents.base.vocab_size)
         self.records = RecordBuffer()
         self._unseen: UnseenTokens = unseen
@@ -207,10 +229,13 @@ class _Worker:
             failed_rows=core.num_failed,
         )
 
-    def open(self, params: SteeringParams | None, prompt_token_ids: Sequence[int], rules: SamplingRules) -> Session:
+    def open(
+        self, params: SteeringParams | None, prompt_token_ids: Sequence[int], rules: SamplingRules, num_begun: int
+    ) -> Session:
         own = params or SteeringParams(uid=f"unsteered-{uuid.uuid4().hex}", adapters=[])
         row = self.core.open(own, prompt_token_ids, ())
-        session = Session(row, rules, is_recorded=params is not None)
+        base = None if self._lm is None else self._lm.open(len(prompt_token_ids) - num_begun)
+        session = Session(row, rules, is_recorded=params is not None, base=base)
         if rules.seed is not None:
             session.dice = np.random.default_rng(rules.seed % 2**64)
         # While the base reads the prompt too. Its last token is computed with the first step, which needs its logits.
@@ -236,8 +261,8 @@ class _Worker:
             try:
                 row = self._base(step)
             except Exception as exc:  # boundary: the thread must live
-                logger.exception("the base's answer could not be read; its request fails")
-                step.future.set_exception(_internal(exc))
+                logger.exception("the base gave no distribution; its request fails")
+                step.future.set_exception(EngineError(f"The base model failed: internal error ({type(exc).__name__})"))
                 continue
             if not bool(torch.isfinite(row).any()):
                 step.future.set_exception(_nothing_left())
@@ -248,8 +273,14 @@ class _Worker:
             self._steer(due, torch.stack(rows))
 
     def _base(self, step: _Step) -> Tensor:
-        row = base_row(step.top, self.residents.base.vocab_size, self._unseen)
-        return constrained(row, step.session.rules, step.session.row.num_output_tokens)
+        session = step.session
+        if self._lm is not None and session.base is not None:
+            row = self._lm.next_logits(session.base, session.row.tokens)
+        elif step.top is not None:
+            row = base_row(step.top, self.residents.base.vocab_size, self._unseen)
+        else:
+            raise TypeError("neither a base nor what an API shows of one")
+        return constrained(row, session.rules, session.row.num_output_tokens)
 
     def _steer(self, steps: Sequence[_Step], logits: Tensor) -> None:
         rows = [(step.session.row, index) for index, step in enumerate(steps)]
@@ -297,14 +328,10 @@ def _failed(row: SteeredRow) -> SteeringError:
     return SteeringError(f"Steering of this request failed: {row.error}")
 
 
-def _internal(exc: Exception) -> SteeringError:
-    return SteeringError(f"Steering of this request failed: internal error ({type(exc).__name__})")
-
-
 def _nothing_left() -> EngineRequestError:
     return EngineRequestError(
         "The constraints of this request (logit_bias, allowed_token_ids, min_tokens) leave none of the tokens that the "
-        "black-box base shows; ask for fewer constraints.",
+        "base shows; ask for fewer constraints.",
         engine_status=400,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trimtab_adapters.contract.black_box import GREEDY_BELOW, SamplingRules, TopLogprobs, UnseenTokens
+from trimtab_adapters.contract.sampling import GREEDY_BELOW, SamplingRules, TopLogprobs, UnseenTokens
 
 
 def base_row(top: TopLogprobs, vocab_size: int, unseen: UnseenTokens) -> Tensor:

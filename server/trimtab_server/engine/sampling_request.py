@@ -1,20 +1,18 @@
-"""What a request asks of a black-box base: its prompt as token ids, how to sample, when to end.
+"""What a request asks of an engine without vLLM: its prompt as token ids, how to sample, when to end.
 
-Whatever cannot be done without the base's own logits is refused here. Nothing is ignored.
+Whatever such an engine cannot do is refused here. Nothing is ignored.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from trimtab_adapters.contract.black_box import SamplingRules, UnseenTokens
 from trimtab_adapters.contract.errors import EngineRequestError, InvalidRequestError
+from trimtab_adapters.contract.sampling import ContextLimits, SamplingRules
+from trimtab_server.engine.answer_text import Tokenizer
 from trimtab_server.engine.base import EngineRequest
-from trimtab_server.engine.black_box_text import Tokenizer
-
-Api = Literal["openai", "vllm"]
-"""How the base's API is spoken to. `openai`: OpenAI's legacy completions and nothing else. `vllm`: vLLM's server, which
-gives token ids and understands more fields."""
+from trimtab_server.engine.base_kinds import BaseKind
 
 _SAMPLING = frozenset(
     {
@@ -47,26 +45,6 @@ _NEUTRAL: Mapping[str, object] = {
 }
 """Values that ask for nothing; other values of these fields are refused. So do False and what is empty."""
 
-_WHY: Mapping[str, str] = {
-    "repetition_penalty": "it multiplies logits, and a black box shows log-probabilities only",
-    "response_format": "a grammar needs the base's logits of every token",
-    "structured_outputs": "a grammar needs the base's logits of every token",
-    "prompt_logprobs": "they would cost a request of their own for the prompt",
-    "echo": "log-probabilities of the prompt would cost a request of their own",
-    "bad_words": "give the token ids in 'logit_bias' instead",
-    "tools": "tool calls need a parser of the base's own server",
-}
-
-_OPENAI = frozenset({"temperature", "top_p", "frequency_penalty", "presence_penalty", "logit_bias", "stop", "seed"})
-_VLLM = frozenset(
-    {
-        *("top_k", "min_p", "allowed_token_ids", "min_tokens", "ignore_eos", "stop_token_ids"),
-        *("include_stop_str_in_output", "skip_special_tokens"),
-    }
-)
-PASSED_ON: Mapping[Api, frozenset[str]] = {"openai": _OPENAI, "vllm": _OPENAI | _VLLM}
-"""Fields that an API understands as they are: an unsteered answer that needs no others is one request to it."""
-
 _OWN_ARGUMENTS = frozenset(
     {
         *("chat_template", "conversation", "tokenize", "return_dict", "return_tensors", "padding", "truncation"),
@@ -76,7 +54,7 @@ _OWN_ARGUMENTS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class BlackBoxRequest:
+class SamplingRequest:
     """One candidate.
 
     Attributes:
@@ -88,6 +66,7 @@ class BlackBoxRequest:
         stop_token_ids: Tokens that end it, beside the base's own.
         ending_ids: All of these; none when a request ignores the base's own and names no other.
         skip_special_tokens: Whether the text leaves them out.
+        num_begun: How many ids at the end of the prompt are the answer so far.
         passed_on: Fields for the API, when it can give the whole answer by itself; None when it cannot: the answer is
             steered, or the API does not understand a field.
     """
@@ -101,6 +80,7 @@ class BlackBoxRequest:
     ending_ids: frozenset[int]
     skip_special_tokens: bool
     passed_on: dict[str, Any] | None
+    num_begun: int = 0
 
 
 class RequestReader:
@@ -108,43 +88,36 @@ class RequestReader:
 
     Args:
         tokenizer: The base's.
-        max_model_len: Most tokens of prompt and answer together.
-        unseen: What becomes of tokens that the API does not show.
-        api: What the base's API understands.
+        limits: How long prompt and answer may be.
+        kind: What the base can do.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, unseen: UnseenTokens, api: Api) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: ContextLimits, kind: BaseKind) -> None:
         self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._unseen: UnseenTokens = unseen
-        self._passed_on = PASSED_ON[api]
+        self._limits = limits
+        self._kind = kind
 
-    def read(self, request: EngineRequest) -> BlackBoxRequest:
+    def read(self, request: EngineRequest) -> SamplingRequest:
         """The request in our terms.
 
         Raises:
-            InvalidRequestError: It asks for something that a black box cannot do.
+            InvalidRequestError: It asks for something that the engine cannot do.
             EngineRequestError: The prompt does not fit, as vLLM would refuse it.
         """
         body = request.body
         self._refuse(body)
         prompt = self.prompt_of(body, is_chat=request.endpoint == "chat.completions")
-        num_left = self._max_model_len - len(prompt)
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
-        if num_left < 1 or (asked is not None and asked > num_left):
-            raise EngineRequestError(
-                f"This model's maximum context length is {self._max_model_len} tokens. However, your request has "
-                f"{len(prompt)} input tokens and asks for {asked or 1} more. Please reduce either of them.",
-                engine_status=400,
-            )
+        num_left = self._num_left(len(prompt) - request.num_begun, request.num_begun, asked or 1)
         stop_ids = frozenset(body.get("stop_token_ids") or ())
         ending = stop_ids if body.get("ignore_eos") else stop_ids | self._tokenizer.eos_token_ids
         stops = body.get("stop") or ()
         asked_for = {name for name in body.keys() & (_SAMPLING | _TEXT) if not _is_default(name, body[name])}
-        is_whole = asked_for <= self._passed_on and (request.steering is None or not request.steering.needs_row)
-        if not is_whole and self._unseen == "exclude":
-            _refuse_unseen(body)
-        return BlackBoxRequest(
+        is_plain = request.steering is None or not request.steering.needs_row
+        is_whole = is_plain and self._kind.passed_on is not None and asked_for <= self._kind.passed_on
+        if not is_whole and not self._kind.shows_all:
+            self._refuse_unseen(body)
+        return SamplingRequest(
             prompt_token_ids=prompt,
             max_tokens=num_left if asked is None else asked,
             rules=self._rules(request, ending),
@@ -154,6 +127,20 @@ class RequestReader:
             ending_ids=ending,
             skip_special_tokens=body.get("skip_special_tokens", True),
             passed_on={name: body[name] for name in sorted(asked_for)} if is_whole else None,
+            num_begun=request.num_begun,
+        )
+
+    def _num_left(self, num_prompt: int, num_begun: int, num_asked: int) -> int:
+        """How much longer an answer may be. Raises `EngineRequestError` where that is less than what is asked for."""
+        limits = self._limits
+        num_left = min(limits.output, limits.total - num_prompt) - num_begun
+        if num_prompt <= limits.prompt and num_asked <= num_left:
+            return num_left
+        own = "" if limits.prompt == limits.total - 1 else f", {limits.prompt} of them for the prompt"
+        raise EngineRequestError(
+            f"This model's maximum context length is {limits.total} tokens{own}. However, your request has "
+            f"{num_prompt + num_begun} input tokens and asks for {num_asked} more. Please reduce either of them.",
+            engine_status=400,
         )
 
     def prompt_of(self, body: Mapping[str, Any], *, is_chat: bool) -> list[int]:
@@ -164,7 +151,7 @@ class RequestReader:
             EngineRequestError: An id that the model does not have.
         """
         if is_chat:
-            text: str | list[int] = self._tokenizer.render(_texts(body["messages"]), _template_options(body))
+            text: str | list[int] = self._tokenizer.render(self._texts(body["messages"]), self._template_options(body))
         else:
             text = body["prompt"]
         if isinstance(text, str):
@@ -182,12 +169,23 @@ class RequestReader:
         """The ids of what a caller wants tokenised; nothing of it was checked before. Raises as `prompt_of`."""
         prompt, messages = body.get("prompt"), body.get("messages")
         if body.get("chat_template") is not None:
-            raise _refusal("chat_template", "the gateway's own tokenizer has one")
+            raise self._refusal("chat_template", "the gateway's own tokenizer has one")
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             return self.prompt_of(body, is_chat=True)
         if not isinstance(prompt, str):
             raise InvalidRequestError("'prompt' must be a string, or 'messages' an array of objects.", param="prompt")
         return self.prompt_of(body, is_chat=False)
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """`/tokenize` and `/detokenize` as vLLM has them. Raises as `prompt_of`, and 404 for other paths."""
+        if path == "/tokenize":
+            token_ids = await asyncio.to_thread(self.tokenize, body)
+            limit = self._limits.total
+            return {"count": len(token_ids), "max_model_len": limit, "tokens": token_ids, "token_strs": None}
+        if path == "/detokenize":
+            token_ids = self.token_ids(body.get("tokens"))
+            return {"prompt": await asyncio.to_thread(self._tokenizer.decode, token_ids, skip_special_tokens=False)}
+        raise EngineRequestError("Not Found", engine_status=404)
 
     def token_ids(self, value: object) -> list[int]:
         """Ids that a caller sent. Raises `InvalidRequestError` when they are none of the tokenizer's."""
@@ -224,26 +222,49 @@ class RequestReader:
 
     def _refuse(self, body: Mapping[str, Any]) -> None:
         for name, value in body.items():
-            if name in _SAMPLING | _TEXT | _LENGTH_AND_FORM | _RENDERING or value is None:
+            is_known = name in _SAMPLING | _TEXT | _LENGTH_AND_FORM | _RENDERING and name not in self._kind.cannot
+            if is_known or value is None:
                 continue
             is_empty = (value is False or value in ([], {})) and name != "spaces_between_special_tokens"
             if is_empty or (name in _NEUTRAL and value == _NEUTRAL[name]):
                 continue
-            raise _refusal(name, _WHY.get(name, "the gateway cannot do it on behalf of a base behind an API"))
+            raise self._refusal(name, self._kind.why.get(name, self._kind.why_else))
 
+    def _refuse_unseen(self, body: Mapping[str, Any]) -> None:
+        """Refuse what may be for tokens that the API does not show and that cannot be sampled therefore."""
+        if any(value > 0 for value in (body.get("logit_bias") or {}).values()):
+            raise self._refusal("logit_bias", "a positive bias may be for a token that the API does not show")
+        if body.get("allowed_token_ids") is not None:
+            raise self._refusal("allowed_token_ids", "the API may show none of them")
 
-def _refuse_unseen(body: Mapping[str, Any]) -> None:
-    """Refuse what may be for tokens that the API does not show and that cannot be sampled therefore."""
-    if any(value > 0 for value in (body.get("logit_bias") or {}).values()):
-        raise _refusal("logit_bias", "a positive bias may be for a token that the API does not show")
-    if body.get("allowed_token_ids") is not None:
-        raise _refusal("allowed_token_ids", "the API may show none of them")
+    def _texts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages whose contents are texts; parts of text are put together."""
+        flat: list[dict[str, Any]] = []
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, list):
+                if any(part.get("type") not in ("text", "refusal") for part in content if isinstance(part, dict)):
+                    raise self._refusal("messages", self._kind.why["content"])
+                content = "\n".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+            flat.append({**message, "content": content or ""})
+        return flat
 
+    def _template_options(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        variables = dict(body.get("chat_template_kwargs") or {})
+        if forbidden := sorted(variables.keys() & _OWN_ARGUMENTS):
+            raise self._refusal(f"chat_template_kwargs.{forbidden[0]}", "it is no variable of a chat template")
+        continues = bool(body.get("continue_final_message"))
+        generates = body.get("add_generation_prompt")
+        return {
+            **variables,
+            "add_generation_prompt": not continues if generates is None else generates,
+            "continue_final_message": continues,
+        }
 
-def _refusal(name: str, why: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"'{name}' is not supported with a black-box base: {why}.", param=name, code="unsupported_parameter"
-    )
+    def _refusal(self, name: str, why: str) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"'{name}' is not supported with {self._kind.name}: {why}.", param=name, code="unsupported_parameter"
+        )
 
 
 def _given(body: Mapping[str, Any], name: str, default: float) -> float:
@@ -261,29 +282,3 @@ def _is_default(name: str, value: object) -> bool:
         "top_k": (0, -1),
     }
     return value is None or value == [] or value == {} or value in defaults.get(name, ())
-
-
-def _texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose contents are texts; parts of text are put together."""
-    flat: list[dict[str, Any]] = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            if any(part.get("type") not in ("text", "refusal") for part in content if isinstance(part, dict)):
-                raise _refusal("messages", "only text can be sent to it")
-            content = "\n".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-        flat.append({**message, "content": content or ""})
-    return flat
-
-
-def _template_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    variables = dict(body.get("chat_template_kwargs") or {})
-    if forbidden := sorted(variables.keys() & _OWN_ARGUMENTS):
-        raise _refusal(f"chat_template_kwargs.{forbidden[0]}", "it is no variable of a chat template")
-    continues = bool(body.get("continue_final_message"))
-    generates = body.get("add_generation_prompt")
-    return {
-        **variables,
-        "add_generation_prompt": not continues if generates is None else generates,
-        "continue_final_message": continues,
-    }

@@ -52,7 +52,7 @@ class BaseTokenizer:
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
                 "The base model's tokenizer has no chat template, so that messages cannot be turned into a prompt; use "
-                "/v1/completions, or give the gateway a tokenizer with one (--black-box-tokenizer).",
+                "/v1/completions, or give the gateway a tokenizer with one.",
                 param="messages",
             )
         try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from trimtab_server.engine.black_box_request import BlackBoxRequest
+    from trimtab_server.engine.sampling_request import SamplingRequest
 
 _PARTIAL = "\ufffd"
 _NUM_CONTEXT = 8
@@ -13,7 +13,7 @@ _NUM_CONTEXT = 8
 
 
 class Tokenizer(Protocol):
-    """The base's tokenizer; the real one is `trimtab_adapters.black_box.tokenizer.BaseTokenizer`."""
+    """The base's tokenizer; the real one is `trimtab_adapters.in_process.tokenizer.BaseTokenizer`."""
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -139,7 +139,7 @@ class AnswerText:
         request: What was asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: "BlackBoxRequest") -> None:
+    def __init__(self, tokenizer: Tokenizer, request: "SamplingRequest") -> None:
         self._request = request
         self._eos_token_ids = tokenizer.eos_token_ids
         self._tokens = Detokenizer(tokenizer, request.prompt_token_ids, skip_special_tokens=request.skip_special_tokens)

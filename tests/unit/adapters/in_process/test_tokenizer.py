@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab_adapters.black_box.tokenizer import BaseTokenizer, load_base_tokenizer
 from trimtab_adapters.contract.errors import InvalidRequestError, VocabularyError
+from trimtab_adapters.in_process.tokenizer import BaseTokenizer, load_base_tokenizer
 
 
 def save(tokenizer: Tokenizer, directory: Path, chat_template: str | None = None) -> BaseTokenizer:
@@ -85,7 +85,7 @@ def test_a_template_that_refuses_is_the_callers_error(tmp_path: Path) -> None:
 
 
 def test_without_a_template_chats_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="--black-box-tokenizer"):
+    with pytest.raises(InvalidRequestError, match="give the gateway a tokenizer with one"):
         save(byte_level(), tmp_path).render([{"role": "user", "content": "x"}], {})
 
 

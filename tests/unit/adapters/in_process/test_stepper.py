@@ -11,10 +11,10 @@ import torch
 
 from steering_reference import Reference, base_description, params
 from tiny_models import TinyModels
-from trimtab_adapters.black_box import stepper as stepper_module
-from trimtab_adapters.black_box.stepper import Stepper
-from trimtab_adapters.contract.black_box import SamplingRules, TopLogprobs
-from trimtab_adapters.contract.errors import EngineRequestError, SteeringError
+from trimtab_adapters.contract.errors import EngineError, EngineRequestError, SteeringError
+from trimtab_adapters.contract.sampling import SamplingRules, TopLogprobs
+from trimtab_adapters.in_process import stepper as stepper_module
+from trimtab_adapters.in_process.stepper import Stepper
 
 pytestmark = pytest.mark.anyio
 
@@ -136,7 +136,7 @@ async def test_one_bad_row_leaves_the_others_alone(stepper: Stepper, steering: A
     assert isinstance(outcomes[1], EngineRequestError)
     assert isinstance(outcomes[2], SteeringError)
     assert "made to fail" in str(outcomes[2])
-    assert isinstance(outcomes[3], SteeringError)
+    assert isinstance(outcomes[3], EngineError)
     assert await num_rows(stepper) == 0
 
 
@@ -181,7 +181,9 @@ async def test_a_caller_that_leaves_while_it_opens_leaves_no_row(stepper: Steppe
             time.sleep(0.2)  # it is opened, and the loop has not seen it yet
             opening.cancel()
         await asyncio.gather(holding, opening, return_exceptions=True)
-        assert await num_rows(stepper) == 0
+        async with asyncio.timeout(10):  # on a busy machine it may still be opening, and is closed right after that
+            while await num_rows(stepper):
+                await asyncio.sleep(0.005)
 
 
 async def test_what_cannot_be_steered_is_refused_when_it_opens(stepper: Stepper) -> None:
@@ -200,7 +202,7 @@ async def test_records_are_read_and_taken_once(stepper: Stepper, steering: Any) 
 
 async def test_the_thread_ends_with_the_stepper(tiny_models: TinyModels) -> None:
     def alive() -> int:
-        return sum(thread.name == "black-box-steering" for thread in threading.enumerate())
+        return sum(thread.name == "steering" for thread in threading.enumerate())
 
     before = alive()
     made = Stepper(base_description(tiny_models.base), unseen="exclude", kv_bytes=1 << 20)

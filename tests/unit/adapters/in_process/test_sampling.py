@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from trimtab_adapters.black_box.sampling import base_row, constrained, sample
-from trimtab_adapters.contract.black_box import SamplingRules, TopLogprobs
+from trimtab_adapters.contract.sampling import SamplingRules, TopLogprobs
+from trimtab_adapters.in_process.sampling import base_row, constrained, sample
 
 TOP = TopLogprobs((3, 1), (math.log(0.5), math.log(0.3)))
 NONE = -math.inf

@@ -1,7 +1,7 @@
-"""A base model behind somebody else's API: what passes between its answers and the steering of them.
+"""Answers whose tokens are sampled in the gateway's process: what passes between its engine and the sampler.
 
-Such an API shows the most probable next tokens and nothing else of the distribution. Numbers and settings only: no
-torch, no HTTP.
+Where the base is behind somebody else's API, that shows the most probable next tokens and nothing else of the
+distribution. Numbers and settings only: no torch, no HTTP.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,26 @@ from trimtab_adapters.contract.engine_api import CacheStatus, LoadedVersion, Wei
 UnseenTokens = Literal["exclude", "residual"]
 """What becomes of tokens that the API does not show. `exclude`: they cannot be sampled, so the adapter LM reorders what
 the API shows and brings nothing in. `residual`: the rest of the probability is spread evenly over them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextLimits:
+    """How long texts may be, in tokens.
+
+    Attributes:
+        prompt: Longest prompt.
+        output: Longest answer.
+        total: Most tokens of both together; what adapter LMs, which read both, must allow.
+    """
+
+    prompt: int
+    output: int
+    total: int
+
+    @classmethod
+    def shared(cls, total: int) -> "ContextLimits":
+        """Of a decoder-only model, whose prompt and answer share its positions."""
+        return cls(prompt=total - 1, output=total - 1, total=total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +104,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SteeringStatus:
-    """What the adapter LMs beside a black-box base do; names are those of `EngineStatus`."""
+    """What the adapter LMs in the gateway's process do; names are those of `EngineStatus`."""
 
     versions: list[LoadedVersion]
     cache: CacheStatus
