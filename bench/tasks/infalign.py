@@ -50,9 +50,11 @@ def kl_weight(transform: str, procedure: Procedure, kl: float, reward_sd: float)
     return weight * reward_sd / _UNIFORM_SD if transform == "raw" else weight
 
 
-def trained_for(world: World, transform: str, procedure: Procedure, kl_coef: float, seed: int) -> Outcomes:
+def trained_for(
+    world: World, transform: str, procedure: Procedure, kl_coef: float, *, num_reference: int, seed: int
+) -> Outcomes:
     """Outcomes of the policy trained with a transform and a KL weight."""
-    settings: dict[str, Any] = {"kind": transform, "num_reference": 64}
+    settings: dict[str, Any] = {"kind": transform, "num_reference": num_reference}
     if transform in ("exponential", "optimal"):
         settings |= {"procedure": procedure.kind, "n": procedure.n}
     if transform == "raw":
@@ -74,7 +76,9 @@ def measure(world: World, kind: ProcedureKind, options: argparse.Namespace, base
         for kl in options.kls:
             began = time.perf_counter()
             weight = kl_weight(transform, procedure, kl, reward_sd)
-            found = trained_for(world, transform, procedure, weight, options.seed)
+            found = trained_for(
+                world, transform, procedure, weight, num_reference=options.references, seed=options.seed
+            )
             assert found.kl is not None, "a policy that draws has a KL"
             row = {"transform": transform, "kl_coef": weight, "expected_kl": kl, "kl": float(found.kl.mean())}
             for decides, kept in policies.items():
@@ -154,6 +158,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--kls", type=_numbers, default=[0.1, 0.4, 1.0], help="nats per output that theory expects")
     parser.add_argument("--samples", type=int, default=16, help="per held-out prompt")
+    parser.add_argument("--references", type=int, default=64, help="of the base per training prompt, to calibrate")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--base", type=Path, default=Path("../shared/models/base7m"))
     parser.add_argument("--start", type=Path, default=Path("../shared/models/small2m"))
