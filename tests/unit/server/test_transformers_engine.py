@@ -30,6 +30,7 @@ from trimtab_adapters.in_process.tokenizer import load_base_tokenizer
 from trimtab_adapters.in_process.transformers_base import TransformersBase
 from trimtab_server.engine.base import EngineRequest
 from trimtab_server.engine.transformers_engine import TransformersEngine
+from trimtab_server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -226,3 +227,20 @@ async def test_steering_that_fails_is_never_an_answer(bench: Bench) -> None:
 async def test_an_adapter_that_does_not_fit_is_refused(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(AdapterError):
         await bench.engine.prepare("0" * 16, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "needs model"),
+        ({"engine_urls": ("http://host",)}, "no use for engine_urls"),
+        ({"engine_args": ("--x",)}, "no use for engine_urls and engine_args"),
+        ({"engine_kind": "tensorrt"}, "'vllm' or 'transformers'"),
+        ({"transformers_context": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    whole: dict[str, Any] = {"engine_kind": "transformers", "model": "/models/blenderbot"}
+    assert Settings(**whole).base_model == "/models/blenderbot"
+    with pytest.raises(ValueError, match=message):
+        Settings(**(whole | changes))
