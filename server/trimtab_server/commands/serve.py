@@ -17,10 +17,7 @@ def serve(
     engine_url: Annotated[
         list[str] | None, typer.Option(help="Engine that runs elsewhere (one). Without it an engine is started here.")
     ] = None,
-    engine_kind: Annotated[
-        str | None,
-        typer.Option(help="What runs the model: vllm (default), or transformers in the gateway's process; slower."),
-    ] = None,
+    engine_kind: Annotated[str | None, typer.Option(help="vllm (default), or transformers: slow, any LM.")] = None,
     black_box_url: Annotated[
         str | None, typer.Option(help="Completions API of a base behind somebody else's API, such as https://host/v1.")
     ] = None,
