@@ -1,6 +1,8 @@
 """Rewards for JSON that fits a schema."""
 
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -146,6 +148,16 @@ def test_a_pattern_in_a_schema_cannot_hang_the_gateway() -> None:
     assert time.monotonic() - started < 10.0
 
 
+@pytest.fixture
+def usual_recursion_limit() -> Iterator[None]:
+    """Python's own: torch's compiler, for one, leaves a higher one behind."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("usual_recursion_limit")
 def test_a_value_that_cannot_be_validated_is_an_error() -> None:
     nested = "[" * 400 + "]" * 400
     with pytest.raises(RewardError, match="cannot validate output 2 of 2: RecursionError"):
