@@ -4,7 +4,7 @@
 
     rollouts   tokens/s of rollouts at --batch sequences at a time: through gateway and engine as a run draws them,
                against `generate` of transformers in static batches; the base alone, and steered by an adapter LM
-    reward     seconds until the mean reward of a round has risen by --rise, rounds drawn by the engine or in the
+    reward     seconds until the mean reward of a round has reached --target, rounds drawn by the engine or in the
                trainer's own process; peak memory of the trainer, and of gateway and engine
 
 Systems take turns in one run. While transformers is measured, gateway and engine are stopped: an idle engine polls. The
@@ -109,7 +109,6 @@ class Rounds:
     """What a training run told on the way."""
 
     began: float
-    target: float | None = None
     seconds: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
@@ -119,9 +118,9 @@ class Rounds:
             self.seconds.append(time.perf_counter() - self.began)
             self.rewards.append(line["rollouts/mean_reward"])
 
-    def reached(self, rise: float) -> float | None:
-        """Seconds until a round was better than the first by `rise`."""
-        return next((s for s, r in zip(self.seconds, self.rewards, strict=True) if r >= self.rewards[0] + rise), None)
+    def reached(self, target: float) -> float | None:
+        """Seconds until a round's mean reward was at least `target`."""
+        return next((s for s, r in zip(self.seconds, self.rewards, strict=True) if r >= target), None)
 
 
 def measure_rollouts(options: argparse.Namespace, client: GatewayClient, version: NamedVersion) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def measure_rollouts(options: argparse.Namespace, client: GatewayClient, version
 
     source = GatewaySource(client, model=services.MODEL, sampling=sampling, current_version=current)
     load = AutoModelForCausalLM.from_pretrained
-    base, adapter = (load(path, dtype=torch.bfloat16).eval() for path in (options.base, options.start))
+    base, adapter = (load(path, dtype=getattr(torch, options.dtype)).eval() for path in (options.base, options.start))
     hf = Hf(base, adapter, vocabulary.num_tokens, options.batch, options.max_tokens)
     ids = [vocabulary.encode(text) for text in texts for _ in range(options.per_prompt)]
 
@@ -177,7 +176,12 @@ def measure_reward(options: argparse.Namespace, url: str, folder: Path) -> dict[
             {
                 "output_dir": str(folder / source),
                 "gateway": {"url": url},
-                "models": {"base_model": str(options.base), "adapter": str(options.start), "start_scale": 0.1},
+                "models": {
+                    "base_model": str(options.base),
+                    "base_dtype": options.dtype,
+                    "adapter": str(options.start),
+                    "start_scale": 0.1,
+                },
                 "reward": {"name": REWARD, "source": "gateway", "transform": {"kind": "raw"}},
                 "prompts": {"type": "file", "path": str(path)},
                 "publish": {"name": "bench"},
@@ -200,7 +204,7 @@ def measure_reward(options: argparse.Namespace, url: str, folder: Path) -> dict[
         with GatewayClient(url, concurrency=options.batch // options.per_prompt) as client:
             train(config, gateway=client, listener=rounds, show_progress=False)
         found[source] = {
-            "seconds_to_reward": rounds.reached(options.rise),
+            "seconds_to_reward": rounds.reached(options.target),
             "seconds": rounds.seconds,
             "rewards": rounds.rewards,
         }
@@ -235,7 +239,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
-            services.engine(options.base, folder / "engine.log", dtype="bfloat16", nice=10) as engine_url,
+            services.engine(options.base, folder / "engine.log", dtype=options.dtype, nice=options.nice) as engine_url,
             services.gateway(
                 engine_url, folder / "gateway", "--adapter", f"bench-adapter={directory}", "--rollouts", "off"
             ) as url,
@@ -250,7 +254,7 @@ def main(argv: list[str]) -> int:
             if "reward" in options.parts:
                 result["reward"] = measure_reward(options, url, folder)
                 result["memory"] = memory_gib()
-                _print_reward(result["reward"], options.rise)
+                _print_reward(result["reward"], options.target)
                 print(json.dumps({k: round(v, 2) for k, v in result["memory"].items()}))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -274,7 +278,7 @@ def _print_rollouts(rates: Mapping[str, Sequence[float]]) -> None:
     print(as_table(["system", "tokens/s, median", "range", "to transformers"], rows), flush=True)
 
 
-def _print_reward(found: Mapping[str, Any], rise: float) -> None:
+def _print_reward(found: Mapping[str, Any], target: float) -> None:
     rows = []
     for source, told in found.items():
         reached = told["seconds_to_reward"]
@@ -289,7 +293,7 @@ def _print_reward(found: Mapping[str, Any], rise: float) -> None:
             ]
         )
     print("\n## reward\n")
-    header = ["rounds drawn by", f"s until +{rise:g}", "s to the last round", "first mean reward", "last"]
+    header = ["rounds drawn by", f"s until {target:g}", "s to the last round", "first mean reward", "last"]
     print(as_table(header, rows), flush=True)
 
 
@@ -299,13 +303,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("../shared/models/base7m"))
     parser.add_argument("--start", type=Path, default=Path("../shared/models/small2m"), help="of the adapter LM")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--dtype", default="float32", help="of the base, in engine and transformers")
+    parser.add_argument("--nice", type=int, default=10, help="how much lower the engine's priority is")
     parser.add_argument("--batch", type=int, default=32, help="sequences at a time")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--per-prompt", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5, help="of the part `rollouts`")
     parser.add_argument("--steps", type=int, default=60, help="of the part `reward`")
-    parser.add_argument("--rise", type=float, default=0.2, help="of the mean reward, from the first round's")
+    parser.add_argument("--target", type=float, default=0.7, help="mean reward of a round, of the part `reward`")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 
