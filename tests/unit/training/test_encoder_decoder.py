@@ -133,7 +133,7 @@ def test_a_run_learns_the_toy_task_and_publishes_a_version(
         steps=60,
     )
     result = train(config, scorer=LowScorer())
-    # Of the 95 % bootstrap interval of the difference to the base, seen: 0.09 and above.
+    # Lower end of the 95 % bootstrap interval of the difference to the base; seen: 0.075 (Quark), 0.49 (RLOO).
     assert result.evaluation["reward_difference_interval"][0] > 0.03
     assert read_manifest(Path(result.path)).training["base_model"] == str(blenderbot_dir)
 
