@@ -33,9 +33,8 @@ NUM_ULPS = 4
 at most eight additions of a model, the last product once more, and roundings add up like their root."""
 MAX_ERROR = 2.0
 """Of the engine, in errors of the reference that rounds: independent roundings add up like their root, so four times as
-many of them. Which operators round how often depends on the processor: one without instructions for bfloat16 gave 1.51,
-1.02 and 1.02 for adapter, base and other (1.41 for the adapter with three times the prompts). Answers that are one token
-off have 48."""
+many of them. Which operators round how often depends on the processor: one without instructions for bfloat16 gave 1.51
+for the adapter (1.41 with three times the prompts), 1.02 for base and other. Answers that are one token off have 48."""
 
 
 @dataclass(frozen=True)
