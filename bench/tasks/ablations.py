@@ -4,7 +4,8 @@
     python bench/tasks/ablations.py --part sizes --starts SMALL,SMALLER --bases BASE,LARGER --json sizes.json
     python bench/tasks/ablations.py --part approximate --approximate SAME,SMALLER,DISTILLED --json approximate.json
 
-    objectives    Quark, PPO, NLPO and RLOO with the same rollouts, steps and learning rate
+    objectives    Quark, PPO, NLPO and RLOO with the same rollouts, steps and learning rate; `--kinds quark-plain` is
+                  Quark without its entropy bonus
     sizes         every adapter LM on every base: gain, and what the adapter adds to the time of a decoding step
     approximate   adapters trained against something else than the base that they are measured with, beside its
                   fidelity: the mean log-ratio per token on the base's own samples
@@ -44,6 +45,7 @@ from trimtab_training.prompts import Prompt
 PARTS: Final = ("objectives", "sizes", "approximate")
 _OBJECTIVES: Final[dict[str, dict[str, Any]]] = {
     "quark": {"kind": "quark"},
+    "quark-plain": {"kind": "quark", "entropy_coef": 0.0},
     "ppo": {"kind": "ppo", "epochs": 1},
     "nlpo": {"kind": "nlpo", "epochs": 1},
     "rloo": {"kind": "rloo"},
@@ -177,7 +179,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--tasks", type=_names, default=["toxicity"], help=f"of {', '.join(TASKS)}; first for sizes")
-    parser.add_argument("--kinds", type=_names, default=list(_OBJECTIVES))
+    parser.add_argument("--kinds", type=_names, default=["quark", "ppo", "nlpo", "rloo"])
     parser.add_argument("--bases", type=_paths, default=[Path("../shared/models/base7m")])
     parser.add_argument("--starts", type=_paths, default=[Path("../shared/models/small2m")])
     parser.add_argument("--approximate", type=_paths, default=[Path("../shared/models/base7m")])

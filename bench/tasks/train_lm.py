@@ -44,7 +44,7 @@ class Size:
     width: int
 
 
-SIZES: Final = {"small": Size(4, 128), "base": Size(6, 320), "large": Size(8, 512)}
+SIZES: Final = {"tiny": Size(2, 64), "small": Size(4, 128), "base": Size(6, 320), "large": Size(8, 512)}
 
 
 def documents(data: Path) -> Iterator[str]:
