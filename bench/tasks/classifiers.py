@@ -7,17 +7,21 @@ are not kept anywhere.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from tasks.task import Scores
 from trimtab_adapters.contract.rewards import RewardInput
 
 Floats = NDArray[np.float64]
 Texts = Callable[[RewardInput], str]
 Numbers = Callable[[RewardInput], Sequence[float]]
+
+_SMALLEST: Final = 1e-6
+"""Probability that is told from 0 or 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,23 @@ class TreeModel:
         return np.hstack(blocks)
 
 
+class LogOdds:
+    """log(p / (1 - p)) of a probability: where nearly all outputs are bad, it still says which of them are less so.
+
+    Args:
+        scores: Gives the probabilities.
+    """
+
+    def __init__(self, scores: Scores) -> None:
+        self._scores = scores
+        self.version = f"log-odds of {scores.version}"
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+        """In nats, between -14 and 14."""
+        found = np.clip(self._scores.score(inputs), _SMALLEST, 1 - _SMALLEST)
+        return [float(value) for value in np.log(found / (1 - found))]
+
+
 def rows_of(rows: Sequence[Labelled]) -> list[RewardInput]:
     """The outputs without their labels."""
     return [row.item for row in rows]
@@ -144,14 +165,14 @@ def mean_target(rows: Sequence[Labelled]) -> float:
     return float(np.mean([row.target for row in rows]))
 
 
-def quality(scores: Sequence[float], rows: Sequence[Labelled]) -> dict[str, float]:
-    """Accuracy at 0.5 and area under the ROC curve on rows that were not learned from; targets are cut at 0.5."""
+def quality(scores: Sequence[float], rows: Sequence[Labelled], *, threshold: float = 0.5) -> dict[str, float]:
+    """Accuracy at `threshold` and area under the ROC curve on rows not learned from; targets are cut at 0.5."""
     from sklearn.metrics import roc_auc_score
 
     is_good = np.array([row.target for row in rows]) > 0.5
     found = np.asarray(scores)
     return {
-        "accuracy": float(((found > 0.5) == is_good).mean()),
+        "accuracy": float(((found > threshold) == is_good).mean()),
         "auc": float(roc_auc_score(is_good, found)),
         "share_good": float(is_good.mean()),
         "rows": float(len(rows)),

@@ -61,7 +61,7 @@ _OF_TASK: Final[dict[str, dict[str, Any]]] = {
     "keywords": {"objective": {"kind": "rloo", "kl_coef": 0.01}},
     "open-ended": {},
     "dialogue-safety": {},
-    "grounded": {},
+    "grounded": {"objective": {"kind": "rloo", "kl_coef": 0.1}},  # log-odds: several times as wide as a probability
 }
 
 TASKS: Final = tuple(_OF_TASK)

@@ -76,8 +76,8 @@ class LongEnough:
     """Scores under which too short an answer, of less than `min_words` words, is worth `when_short`.
 
     Without it, saying nothing is the surest way to say nothing wrong, and any policy learns that. A value far from what
-    answers usually get is no better: then most of what a policy learns is how long to talk. So it is the mean of the
-    labels where length is not the point, and 0 where a short answer fails the task.
+    answers usually get is no better: then most of what a policy learns is how long to talk. So it is the mean
+    of the labels, or of the base's scores if those are far from it, and 0 where a short answer fails the task.
     """
 
     scores: Scores

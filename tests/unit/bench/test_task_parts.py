@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.classifiers import Labelled, TreeModel, View, WordModel, output_of, quality, rows_of
+from tasks.classifiers import Labelled, LogOdds, TreeModel, View, WordModel, output_of, quality, rows_of
 from tasks.keywords import Product, broken_up
 from tasks.language_models import cached
 from tasks.plan import TASKS, plan_for
@@ -73,6 +73,19 @@ def test_what_is_too_short_gets_the_lowest_score() -> None:
     assert LongEnough(Lengths(), 3, 0.5).score(of("a b c", "a b")) == [5.0, 0.5]
     versions = {LongEnough(Lengths(), *settings).version for settings in ((3,), (4,), (3, 0.5))}
     assert len(versions) == 3
+
+
+def test_log_odds_keep_what_is_nearly_impossible_apart() -> None:
+    class Probabilities:
+        version = "1"
+
+        def score(self, inputs: Sequence[RewardInput]) -> list[float]:
+            return [float(item.output) for item in inputs]
+
+    scores = LogOdds(Probabilities()).score(of("0.5", "0.001", "0.01", "0", "1"))
+    assert scores[:3] == pytest.approx([0.0, -6.9068, -4.5951], abs=1e-4)
+    assert -14 < scores[3] < -13
+    assert 13 < scores[4] < 14
 
 
 def test_a_product_multiplies_scores() -> None:
