@@ -13,7 +13,7 @@ VARIANT ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(VARIANT)
-TESTS ?= tests
+TESTS ?=
 TYPED := server adapters training clients/python/src tests deploy requirements $(if $(wildcard bench/*.py),bench)
 ARGS ?=
 
@@ -46,7 +46,7 @@ serve: setup ## Serve a model: MODEL=directory-or-id [ADAPTER=name=directory ...
 .PHONY: test
 test: setup ## Unit, contract and integration tests; TESTS=tests/unit for a part, ARGS for pytest
 	@deploy/debian-packages.sh run test
-	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	@$(if $(TESTS),$(BIN)/python -m pytest $(TESTS),deploy/run-tests.sh $(BIN)/python) $(ARGS)
 
 .PHONY: check
 check: setup ## Lint, formatting, types, import directions, sizes, secrets
