@@ -253,8 +253,16 @@ class LocalSource:
                 interruption=self._interruption,
             )
             for index, output in zip(batch, outputs, strict=True):
-                text = self._vocabulary.decode(output)
-                drawn[index].append(Sample(prompts[index].text, contexts[index], text, tuple(output)))
+                drawn[index].append(
+                    Sample(
+                        prompts[index].text,
+                        contexts[index],
+                        self._vocabulary.decode(list(output.token_ids)),
+                        output.token_ids,
+                        output.steered_logprobs,
+                        output.base_logprobs,
+                    )
+                )
                 if on_done is not None and len(drawn[index]) == num_per_prompt:
                     on_done()
         return drawn

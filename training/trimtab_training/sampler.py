@@ -1,6 +1,7 @@
 """Plain sampling from the tailored policy in this process: static batches, one cache per model."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,22 @@ class TokenMask(Protocol):
     def begin(self, policy: TailoredPolicy, prompt_token_ids: Sequence[TokenIds]) -> AllowedTokens:
         """Begin a batch of B prompts."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampledOutput:
+    """One output and how likely its tokens were, all of the same length.
+
+    Attributes:
+        token_ids: Its tokens.
+        steered_logprobs: Of each under the policy that drew it, before temperature and `top_p`; None under a mask,
+            which makes it another policy's.
+        base_logprobs: Likewise under the base.
+    """
+
+    token_ids: tuple[int, ...]
+    steered_logprobs: tuple[float, ...] | None
+    base_logprobs: tuple[float, ...]
 
 
 class CachedModel:
@@ -66,7 +83,7 @@ def sample_outputs(
     generator: torch.Generator,
     mask: TokenMask | None = None,
     interruption: Interruption | None = None,
-) -> list[list[int]]:
+) -> list[SampledOutput]:
     """Draw one output for each prompt.
 
     Args:
@@ -82,13 +99,15 @@ def sample_outputs(
         interruption: Ends sampling early with `TrainingInterrupted`.
 
     Returns:
-        B outputs of 1 to `max_tokens` ids, all of them ids of the tokenizer: padding rows of the base's vocabulary
+        B outputs of 1 to `max_tokens` tokens, all of them ids of the tokenizer: padding rows of the base's vocabulary
         are never drawn.
     """
     device = policy.device
     ends = torch.tensor(sorted(end_token_ids), dtype=torch.long, device=device)
     is_done = torch.zeros(len(prompt_token_ids), dtype=torch.bool, device=device)
     columns: list[Tensor] = []
+    steered_columns: list[Tensor] = []
+    base_columns: list[Tensor] = []
     with evaluating(policy.adapter):
         cached = CachedDecoder if has_encoder(policy.base) else CachedModel
         base = cached(policy.base, prompt_token_ids, device)
@@ -101,15 +120,17 @@ def sample_outputs(
             if interruption is not None:
                 interruption.check()
             base_logits = base.next_logits(tokens).float()
-            logits = base_logits if adapter is None else policy.steer(base_logits, adapter.next_logits(tokens))
-            logits = logits[:, : policy.num_known]
+            steered = base_logits if adapter is None else policy.steer(base_logits, adapter.next_logits(tokens))
+            logits = steered[:, : policy.num_known]
             if allowed is not None:
                 logits = logits.masked_fill(~allowed(base_logits, tokens), float("-inf"))
             tokens = _draw(logits / temperature, top_p, generator)
             columns.append(torch.where(is_done, -1, tokens))
+            steered_columns.append(_logprobs(steered, tokens))
+            base_columns.append(_logprobs(base_logits, tokens))
             is_done = is_done | torch.isin(tokens, ends)
-    rows = torch.stack(columns, dim=1).tolist()
-    return [[token for token in row if token >= 0] for row in rows]
+    rows = (torch.stack(found, dim=1).tolist() for found in (columns, steered_columns, base_columns))
+    return [_output(*row, is_masked=mask is not None) for row in zip(*rows, strict=True)]
 
 
 def smallest_set(probabilities: Tensor, *, share: float, min_tokens: int = 1) -> Tensor:
@@ -126,6 +147,18 @@ def smallest_set(probabilities: Tensor, *, share: float, min_tokens: int = 1) ->
     is_kept = ordered.cumsum(dim=-1) - ordered < share
     is_kept[..., :min_tokens] = True
     return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
+
+
+def _output(tokens: list[int], steered: list[float], base: list[float], *, is_masked: bool) -> SampledOutput:
+    """A row without what was drawn behind its end."""
+    token_ids = tuple(token for token in tokens if token >= 0)
+    length = len(token_ids)
+    return SampledOutput(token_ids, None if is_masked else tuple(steered[:length]), tuple(base[:length]))
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each row's token, `[B, V]`, `[B]` -> `[B]`."""
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
 def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:

@@ -65,8 +65,9 @@ def test_a_pair_of_experts_samples_with_its_caches_as_it_reads_without() -> None
         end_token_ids=(),
         generator=torch.Generator().manual_seed(0),
     )
-    output = policy.forward(PROMPTS, drawn, [(), ()])
-    assert output.steered_logits.argmax(dim=-1).tolist() == drawn
+    tokens = [list(output.token_ids) for output in drawn]
+    output = policy.forward(PROMPTS, tokens, [(), ()])
+    assert output.steered_logits.argmax(dim=-1).tolist() == tokens
 
 
 def test_a_fine_tuned_policy_draws_from_the_trained_model_and_measures_kl_to_the_base() -> None:

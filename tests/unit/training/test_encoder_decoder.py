@@ -95,7 +95,8 @@ def test_greedy_draws_follow_the_tailored_policy(blenderbot: Any, model_dirs: di
         end_token_ids=(),
         generator=torch.Generator().manual_seed(0),
     )
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
+    for prompt, drawn in zip(PROMPTS, outputs, strict=True):
+        output = list(drawn.token_ids)
         base = blenderbot_logprobs(blenderbot, prompt, output)[:-1]
         assert (base + adapter_logprobs(adapter, prompt, output)).argmax(dim=-1).tolist() == output
 

@@ -102,7 +102,7 @@ def test_draws_are_the_policys_restricted_to_the_mask_and_renormalised(policy: T
         mask=mask,
     )
     allowed = sorted(allowed_first(mask, policy))
-    counts = Counter(output[0] for output in outputs)
+    counts = Counter(output.token_ids[0] for output in outputs)
     assert set(counts) <= set(allowed)
     expected = probabilities(policy)[allowed]
     expected = expected / expected.sum() * len(outputs)
@@ -132,7 +132,7 @@ def test_the_mask_policy_sees_the_prefix_in_the_sampler_and_in_the_trainer(polic
         generator=torch.Generator().manual_seed(0),
         mask=mask,
     )
-    assert outputs == [[favourite]] * 9
+    assert [output.token_ids for output in outputs] == [(favourite,)] * 9
 
 
 def drawn_firsts(source: RolloutSource, prompts: list[Prompt]) -> list[set[int]]:
@@ -202,7 +202,7 @@ def drawn_round(policy: TailoredPolicy, mask: PolicyMask, num: int = 50) -> list
     )
     prompts = [CONTEXT, (9,)] * num
     return [
-        ScoredRollout(prompt, tuple(output), 0.0, group=i % 2)
+        ScoredRollout(prompt, output.token_ids, 0.0, group=i % 2)
         for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
 
@@ -281,9 +281,9 @@ def test_the_kl_penalty_is_that_of_the_policy_without_a_mask(make_config: Any, v
         generator=torch.Generator().manual_seed(3),
         mask=nlpo.token_mask,
     )
-    learner.add_rollouts([ScoredRollout(CONTEXT, tuple(drawn), 0.0, group=0)])
+    learner.add_rollouts([ScoredRollout(CONTEXT, drawn.token_ids, 0.0, group=0)])
     with torch.no_grad():
-        steered, base = learner.policy.forward([CONTEXT], [drawn], [()]).token_logprobs()
+        steered, base = learner.policy.forward([CONTEXT], [drawn.token_ids], [()]).token_logprobs()
     ratios = (steered - base)[0].double().numpy()
     to_come = -np.cumsum(ratios[::-1])[::-1]  # values are 0
     assert nlpo._buffer.token_column("return", [0])[0] == pytest.approx(to_come, abs=1e-4)

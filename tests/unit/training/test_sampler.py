@@ -36,7 +36,7 @@ def draw(
     seed: int = 0,
     interruption: Interruption | None = None,
 ) -> list[list[int]]:
-    return sample_outputs(
+    outputs = sample_outputs(
         policy,
         prompts,
         prefix,
@@ -47,6 +47,32 @@ def draw(
         generator=torch.Generator().manual_seed(seed),
         interruption=interruption,
     )
+    return [list(output.token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, None])
+def test_each_token_comes_with_its_logprobs_under_the_policy_and_the_base(
+    policy: TailoredPolicy, prefix: tuple[int, ...] | None
+) -> None:
+    outputs = sample_outputs(
+        policy,
+        PROMPTS,
+        prefix,
+        max_tokens=6,
+        temperature=0.7,
+        top_p=0.9,
+        end_token_ids=range(0, 64, 4),  # some outputs end early
+        generator=torch.Generator().manual_seed(3),
+    )
+    lengths = [len(output.token_ids) for output in outputs]
+    assert min(lengths) < 6
+    with torch.no_grad():
+        read = policy.forward(PROMPTS, [output.token_ids for output in outputs], [prefix or ()] * len(PROMPTS))
+    steered, base = read.token_logprobs()
+    for row, output in enumerate(outputs):
+        assert output.base_logprobs == pytest.approx(base[row, : lengths[row]].tolist(), abs=1e-4)
+        expected = steered if prefix is not None else base
+        assert output.steered_logprobs == pytest.approx(expected[row, : lengths[row]].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, None])
@@ -166,6 +192,8 @@ def test_a_mask_is_begun_for_each_batch_and_asked_before_each_token(policy: Tail
             generator=torch.Generator().manual_seed(0),
             mask=mask,
         )
-        assert all(output[0] % 2 == 0 for output in outputs)
-        assert all(output == [(output[0] + i) % 64 for i in range(5)] for output in outputs)
+        rows = [list(output.token_ids) for output in outputs]
+        assert all(row[0] % 2 == 0 for row in rows)
+        assert all(row == [(row[0] + i) % 64 for i in range(5)] for row in rows)
+        assert all(output.steered_logprobs is None for output in outputs), "not of the policy without the mask"
     assert mask.begun == [PROMPTS, PROMPTS]

@@ -158,7 +158,7 @@ class LocalTeacher:
 
     def _draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> list[TeacherSample]:
         contexts = [prompt.token_ids or tuple(self._vocabulary.encode(prompt.text)) for prompt in prompts]
-        outputs = sample_outputs(
+        sampled = sample_outputs(
             self._policy,
             contexts,
             None,
@@ -168,6 +168,7 @@ class LocalTeacher:
             end_token_ids=self._ends,
             generator=generator,
         )
+        outputs = [output.token_ids for output in sampled]
         ids, _ = padded(outputs, left=False, device=self._policy.device)
         with torch.no_grad():
             logits = base_reader(self._policy.base)(self._policy.base, contexts, outputs)[..., : self._policy.num_known]
