@@ -2,15 +2,16 @@
 
     python bench/tasks/ablations.py --part objectives --tasks toxicity,keywords --json objectives.json
     python bench/tasks/ablations.py --part sizes --starts SMALL,SMALLER --bases BASE,LARGER --json sizes.json
-    python bench/tasks/ablations.py --part approximate --approximate SAME,SMALLER,DISTILLED --json approximate.json
+    python bench/tasks/ablations.py --part approximate --json approximate.json
 
     objectives    Quark, PPO, NLPO and RLOO with the same rollouts, steps and learning rate; `--kinds quark-plain` is
                   Quark without its entropy bonus
     sizes         every adapter LM on every base: gain, and what the adapter adds to the time of a decoding step
-    approximate   adapters trained against something else than the base that they are measured with, beside its
-                  fidelity: the mean log-ratio per token on the base's own samples
+    approximate   adapters trained against something else than the base that they are measured with (a smaller model,
+                  that one distilled, a student of random weights, and those of `--approximate`), beside its fidelity:
+                  the mean log-ratio per token on the base's own samples
 
-Directories come from `train_lm.py` and `trimtab distill`. Gains are of the held-out judge, paired over prompts, with
+Directories come from `train_lm.py`. Gains are of the held-out judge, paired over prompts, with
 95 % intervals.
 """
 
@@ -19,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,7 @@ from harness.report import as_table, describe_machine
 from tasks.figures import bootstrap, mean_difference
 from tasks.outcomes import Outcomes
 from tasks.plan import TASKS, plan_for
+from tasks.students import student, untrained
 from tasks.systems import World, build_world
 from trimtab_training.config import SamplingConfig
 from trimtab_training.distillation.fidelity import measure as measure_fidelity
@@ -118,13 +120,23 @@ def approximate(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
     samples = teacher.draw([Prompt(text) for text in world.prompts], num_per_prompt=2, seed=options.seed)
     rows = []
-    for stand_in in options.approximate:
+    for name, stand_in in _stand_ins(world, options):
         model = load_causal_lm(stand_in, dtype=torch.float32, device="cpu")
         fidelity = measure_fidelity(Student(model, num_known=vocabulary.num_tokens), samples, seed=options.seed)
         own = replace(world, models=replace(world.models, base=stand_in))
-        row = {"trained_against": str(stand_in), "log_ratio": fidelity.log_ratio, "interval": list(fidelity.interval)}
+        row = {"trained_against": name, "log_ratio": fidelity.log_ratio, "interval": list(fidelity.interval)}
         rows.append(_told(row | trained_row(own, base, options.seed)))
     return rows
+
+
+def _stand_ins(world: World, options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """By name, made only when their turn comes."""
+    small = world.models.start
+    yield "the base", world.models.base
+    yield "smaller", small
+    yield "smaller, distilled", student(world, small)
+    yield "random weights, distilled", student(world, untrained(small))
+    yield from ((str(path), path) for path in options.approximate)
 
 
 def step_seconds(model: Any, *, batch: int = 16, context: int = 64) -> float:
@@ -182,7 +194,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", type=_names, default=["quark", "ppo", "nlpo", "rloo"])
     parser.add_argument("--bases", type=_paths, default=[Path("../shared/models/base7m")])
     parser.add_argument("--starts", type=_paths, default=[Path("../shared/models/small2m")])
-    parser.add_argument("--approximate", type=_paths, default=[Path("../shared/models/base7m")])
+    parser.add_argument("--approximate", type=_paths, default=[], help="further directories")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", type=_setting, action="append", default=[], help="a setting of the plan, name=JSON")
