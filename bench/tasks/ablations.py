@@ -141,7 +141,7 @@ def _stand_ins(world: World, options: argparse.Namespace) -> Iterator[tuple[str,
 
 def step_seconds(model: Any, *, batch: int = 16, context: int = 64) -> float:
     """Median seconds of one decoding step in this process."""
-    ids = torch.randint(1, 1000, (batch, context))
+    ids = torch.randint(1, model.config.vocab_size, (batch, context))
     with torch.inference_mode():
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         times = []
