@@ -54,13 +54,13 @@ class Plan:
         return asdict(self)
 
 
-_QUICK: Final[dict[str, Any]] = {"num_prompts": 100, "steps": 80}
+_QUICK: Final[dict[str, Any]] = {"num_prompts": 100, "steps": 40}
 
 _OF_TASK: Final[dict[str, dict[str, Any]]] = {
     "toxicity": {"objective": {"kind": "rloo", "kl_coef": 0.03}},
     "keywords": {"objective": {"kind": "rloo", "kl_coef": 0.01}},
     "open-ended": {},
-    "dialogue-safety": {},
+    "dialogue-safety": {"objective": {"kind": "rloo", "kl_coef": 0.1}},  # at 0.02 outputs become few and alike
     "grounded": {"objective": {"kind": "rloo", "kl_coef": 0.1}},  # log-odds: several times as wide as a probability
 }
 
