@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prompts to log rollouts of (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=_between(1, 1_000_000), default=330, help="training steps (default: %(default)s)"
+        "--steps", type=_between(1, 1_000_000), default=480, help="training steps (default: %(default)s)"
     )
     parser.add_argument("--cache-dir", type=Path, help="where the models are kept (default: ~/.cache/trimtab)")
     parser.add_argument(
