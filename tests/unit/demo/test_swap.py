@@ -46,6 +46,15 @@ def test_a_stream_that_changed_its_version_or_broke_off_is_told() -> None:
     assert not report.is_seamless
 
 
+def test_streams_shorter_than_the_switch_span_its_moment_when_they_began_on_the_old_version() -> None:
+    ended_before, spanning, mixed = _trace(2, 4, "a", "a"), _trace(4, 6, "a", "a"), _trace(4, 7, "a", "b")
+    later = _trace(7, 9, "b", "b")
+    assert report_of([ended_before, spanning, later], before=3, after=5, old="a", new="b").is_seamless
+    report = report_of([spanning, mixed, later], before=3, after=5, old="a", new="b")
+    assert (report.num_spanning, report.num_kept) == (2, 1)
+    assert not report.is_seamless
+
+
 def test_without_a_stream_under_way_nothing_is_shown() -> None:
     report = report_of([_trace(7, 9, "b", "b")], before=3, after=5, old="a", new="b")
     assert not report.is_seamless

@@ -31,7 +31,8 @@ class SwapReport:
 
     Attributes:
         switch_s: How long the switch took.
-        num_spanning: Streams that began before the switch and ended after it.
+        num_spanning: Streams that ended after the switch and had begun before it, or while it was being prepared: a
+            switch loads weights, and a short stream may begin and end meanwhile.
         num_kept: Of these, how many ended normally on the old version.
         num_failed: Streams of any time that broke off.
         num_on_new: Streams that began after the switch and ran on the new version.
@@ -146,7 +147,8 @@ def switch_under_streams(
 
 def report_of(traces: list[StreamTrace], *, before: float, after: float, old: str, new: str) -> SwapReport:
     """Sort traces around a switch that took place between the times `before` and `after`."""
-    spanning = [trace for trace in traces if trace.started_s < before and trace.ended_s > after]
+    lasting = [t for t in traces if t.started_s < after < t.ended_s]
+    spanning = [t for t in lasting if t.started_s < before or t.first_version == old]
     kept = [t for t in spanning if t.error is None and t.first_version == t.last_version == old]
     on_new = [t for t in traces if t.started_s > after and t.error is None and t.first_version == t.last_version == new]
     return SwapReport(
