@@ -65,7 +65,7 @@ def _say(text: str) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--quick", action="store_true", help="fewer prompts and steps: 15 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer prompts and steps")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--base", type=Path, default=Path("../shared/models/base7m"))
     parser.add_argument("--start", type=Path, default=Path("../shared/models/small2m"), help="of adapter and experts")
